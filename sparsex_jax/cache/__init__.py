@@ -14,6 +14,6 @@ from sparsex_jax.cache.counts import CacheStats
 from sparsex_jax.cache.entries import Entry, Origin
 from sparsex_jax.cache.match import Match
 from sparsex_jax.cache.pins import PinState
-from sparsex_jax.cache.segments import Segment
+from sparsex_jax.cache.segments import Segment, run_of_slots
 
-__all__ = ["CacheStats", "Entry", "Forgotten", "Match", "Origin", "PageCache", "PinState", "Segment"]
+__all__ = ["CacheStats", "Entry", "Forgotten", "Match", "Origin", "PageCache", "PinState", "Segment", "run_of_slots"]

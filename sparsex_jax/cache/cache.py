@@ -237,9 +237,10 @@ class PageCache:
 
     def count_use(self, match: Match) -> None:
         """Count that a held match is of use to a prompt: what is used least is evicted first, and healed last."""
-        for page in match.pages:
-            self.tree[page].uses += 1
-        self._entries.count_use(twin for page in match.pages for twin in self.tree[page].pages)
+        nodes = [self.tree[page] for page in match.pages]
+        for node in nodes:
+            node.uses += 1
+        self._entries.count_use(twin for node in nodes for twin in node.pages)
 
     def let_go(self, match: Match) -> None:
         """Release the pages that a lookup holds. Raises ValueError if they were released before."""
@@ -290,8 +291,9 @@ class PageCache:
           ValueError: one of them is free. Only pages that are held or committed can be shared.
         """
         self._require_distinct(pages)
-        for page in pages:
-            _require(self._pool.refs[page] > 0 or self._pool.committed[page], f"page {page} is free")
+        index = np.array(pages, np.int64)
+        free = index[(self._pool.refs[index] == 0) & ~self._pool.committed[index]]
+        _require(not len(free), f"pages {free.tolist()} are free")
         self._pool.hold(pages)
 
     def release(self, pages: Sequence[int]) -> None:
@@ -306,11 +308,13 @@ class PageCache:
 
     def _require_distinct(self, pages: Sequence[int]) -> None:
         _require(len(set(pages)) == len(pages), "a page is named twice")
-        _require(all(0 <= page < self._pool.num_numbers for page in pages), "a page is outside the store")
+        inside = not pages or (min(pages) >= 0 and max(pages) < self._pool.num_numbers)
+        _require(inside, "a page is outside the store")
 
     def _require_held(self, pages: Sequence[int]) -> None:
-        for page in pages:
-            _require(self._pool.refs[page] > 0, f"page {page} is not held: released before, or never allocated")
+        index = np.array(pages, np.int64)
+        others = index[self._pool.refs[index] == 0].tolist()
+        _require(not others, f"pages {others} are not held: released before, or never allocated")
 
     # Storing ------------------------------------------------------------------------------------------------
 

@@ -152,25 +152,30 @@ class PagePool:
 
         With the clock at 10, `touch([4, 7, 2])` sets last_used[4, 7, 2] = 13, 12, 11 and the clock to 13.
         """
-        self.last_used[list(pages)] = self._clock + np.arange(len(pages), 0, -1)
+        self.last_used[np.array(pages, np.int64)] = self._clock + np.arange(len(pages), 0, -1)
         self._clock += len(pages)
 
     def take(self, count: int) -> list[int]:
         """Hand out free pages with one reference each."""
-        pages = [self.free.pop() for _ in range(count)]
+        left = len(self.free) - count
+        pages = self.free[left:][::-1]
+        del self.free[left:]
         self.births[pages] += 1
         self._step(self.refs, pages, 1)
         return pages
 
     def settle(self, pages: Sequence[int]) -> None:
         """Free those that nobody has any more, and then what they rested on alone."""
-        gone = [page for page in pages if self.is_derived(page) and self._is_nobodys(page)]
+        gone = [page for page in self._of_nobody(pages) if self.is_derived(page)]
         bases = [base for page in gone for base in self._forget_derived(page)]
-        stored = dict.fromkeys([*(page for page in pages if not self.is_derived(page)), *bases])
-        self.free.extend(reversed([page for page in stored if self._is_nobodys(page)]))
+        nobodys = self._of_nobody([*pages, *bases])
+        self.free.extend(reversed(dict.fromkeys(page for page in nobodys if not self.is_derived(page))))
 
-    def _is_nobodys(self, page: int) -> bool:
-        return not (self.refs[page] or self.committed[page] or self.rested_on[page])
+    def _of_nobody(self, pages: Sequence[int]) -> list[int]:
+        """Those of these pages that nobody has, in their order."""
+        index = np.array(pages, np.int64)
+        somebodys = (self.refs[index] > 0) | self.committed[index] | (self.rested_on[index] > 0)
+        return index[~somebodys].tolist()
 
     # Derived pages ------------------------------------------------------------------------------------------
 
@@ -228,18 +233,18 @@ class PagePool:
     def _step(self, holders: Int32[np.ndarray, "pages"], pages: Sequence[int], step: int) -> None:
         """One holder more or less of each page, in `refs`, `frozen`, `pinned` or `needed`. The sums follow, page by
         page."""
-        index = list(pages)
-        before, active = self._sums_of(index), self.refs[index] > 0
+        index = np.array(pages, np.int64)
+        stored, derived = index[index < len(self)], index[index >= len(self)]
+        before, active = self._sums_of(stored), self.refs[derived] > 0
         holders[index] += step
-        after, changed = self._sums_of(index), active != (self.refs[index] > 0)
+        after, changed = self._sums_of(stored), active != (self.refs[derived] > 0)
         moved = (now + new - old for now, new, old in zip(self.sums, after, before, strict=True))
         self.sums = PageSums(*moved)
-        for i in np.flatnonzero(changed).tolist():
-            if self.is_derived(index[i]):
-                self._need(index[i], step)
+        for page in derived[changed].tolist():
+            self._need(page, step)
 
-    def _sums_of(self, index: list[int]) -> PageSums:
-        index = [page for page in index if not self.is_derived(page)]
+    def _sums_of(self, index: Int64[np.ndarray, "stored"]) -> PageSums:
+        """Of these pages of the store."""
         active, frozen, pinned = self.refs[index] > 0, self.frozen[index] > 0, self.pinned[index] > 0
         kept = frozen | pinned
         held = active | kept
@@ -248,7 +253,7 @@ class PagePool:
 
     def check(self) -> None:
         """Raise AssertionError unless every page is in exactly one state."""
-        counts, everything = self.counts(), list(range(len(self)))
+        counts, everything = self.counts(), np.arange(len(self))
         assert self._sums_of(everything) == self.sums
         assert counts.cached + counts.spare == self.evictable()[: len(self)].sum()
         assert sum(dataclasses.astuple(counts)) == len(self)

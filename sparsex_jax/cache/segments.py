@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Int32, Int64
@@ -80,6 +80,13 @@ class Segment:
         return self.start - self.donor_start
 
 
+def run_of_slots(pages: Sequence[int], begin: int, length: int, page_size: int) -> Int64[np.ndarray, "length"]:
+    """Where the tokens from `begin` on are, of a sequence whose pages follow each other."""
+    first, end = begin // page_size, -(-(begin + length) // page_size)
+    slots = (np.array(pages[first:end], np.int64)[:, None] * page_size + np.arange(page_size)).ravel()
+    return slots[begin - first * page_size :][:length]
+
+
 @dataclasses.dataclass(slots=True)
 class Run:
     """A run before its slots are known.
@@ -120,9 +127,7 @@ class Run:
 
     def segment(self, page_size: int) -> Segment:
         """The run with its slots, in the page of each node that is copied from."""
-        pages = np.array([node.donor for node in self.nodes], np.int64)
-        slots = (pages[:, None] * page_size + np.arange(page_size)).ravel()
-        slots = slots[self.offset : self.offset + self.length]
+        slots = run_of_slots([node.donor for node in self.nodes], self.offset, self.length, page_size)
         return Segment(self.start, self.length, self.nodes[0].start + self.offset, slots, self.exact)
 
 

@@ -166,7 +166,7 @@ class WindowIndex:
     ) -> tuple[Int64[np.ndarray, "hits"], UInt64[np.ndarray, "hits"]]:
         """The offsets whose window may be stored, ascending, and their hashes. Some are false alarms of the counts."""
         hashes = window_hashes(tokens, self._salt(namespace))
-        offsets = np.flatnonzero(self._counts[hashes >> self._shift])
+        offsets = np.flatnonzero(self._counts[hashes >> self._shift] != 0)
         return offsets, hashes[offsets]
 
     def __contains__(self, value: int) -> bool:

@@ -68,21 +68,23 @@ def packed[Tree](tree: Tree) -> Packed[Tree]:
     leaves, structure = jax.tree.flatten(tree)
     arrays = [np.asarray(leaf) for leaf in leaves]
     layout = Layout(structure, tuple(each.shape for each in arrays), tuple(each.dtype.name for each in arrays))
-    words = np.concatenate([np.zeros(0, np.int32), *map(_words, arrays)])
+    sizes = [_num_words(each.shape, each.dtype) for each in arrays]
+    words, at = np.zeros(sum(sizes), np.int32), 0
+    for array, size in zip(arrays, sizes, strict=True):
+        words[at : at + size].view(_storable(array.dtype))[: array.size] = array.reshape(-1)
+        at += size
     return Packed(words, layout)
 
 
-def _num_words(shape: tuple[int, ...], dtype: str) -> int:
+def _num_words(shape: tuple[int, ...], dtype: str | np.dtype[Any]) -> int:
     return -(-math.prod(shape) * np.dtype(dtype).itemsize // _WORD)
 
 
-def _words(array: np.ndarray) -> np.ndarray:
-    flat = np.ascontiguousarray(array).reshape(-1)
-    if flat.dtype == bool:
-        return np.pad(flat, (0, -len(flat) % _WORD)).view(np.int32)
-    if flat.dtype.itemsize != _WORD:
-        raise ValueError(f"an array of {flat.dtype} cannot be packed; numbers must have {_WORD} bytes")
-    return flat.view(np.int32)
+def _storable(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The same type. Raises ValueError if the device could not read it out of words."""
+    if dtype.kind != "b" and dtype.itemsize != _WORD:
+        raise ValueError(f"an array of {dtype} cannot be packed; numbers must have {_WORD} bytes")
+    return dtype
 
 
 def _leaf(words: Int[Array, "words"], shape: tuple[int, ...], dtype: str) -> Array:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float32, Int
 
-from sparsex_jax.cache import Segment
+from sparsex_jax.cache import Segment, run_of_slots
 from sparsex_jax.cache.derived import Derived
 from sparsex_jax.cache.mirrors import Packing
 from sparsex_jax.config import EngineConfig, ModelConfig
@@ -106,7 +106,7 @@ class RequestPlan:
         KV behind a reused token that some layer leaves out is approximate, and so is KV behind an approximate prefix.
         Neither passes for an exact prefix.
         """
-        everyone = int(self.prompt.computed.sum())
+        everyone = int(np.count_nonzero(self.prompt.computed))
         sparse = any(phase.can_leave_out(everyone) for phase in self.phases if phase.start < num_layers)
         return self.prompt.exact_frontier if sparse or self.prompt.approximate.any() else len(self.prompt)
 
@@ -321,16 +321,22 @@ def plan_copies(runs: Sequence[tuple[Segment, Sequence[int]]], shapes: Shapes, p
 
 
 def _copies(runs: Sequence[tuple[Segment, Sequence[int]]], shapes: Shapes, page_size: int) -> Copies:
-    places = [np.arange(segment.start, segment.end) for segment, _ in runs]
-    targets = [slots_of(pages, at, page_size) for at, (_, pages) in zip(places, runs, strict=True)]
-    size, _ = shapes.bucket(sum(map(len, places)))
-    rows = Derived.joined([segment.rows or Derived.stored(segment.slots) for segment, _ in runs])
+    targets = [run_of_slots(pages, segment.start, segment.length, page_size) for segment, pages in runs]
+    size, _ = shapes.bucket(sum(map(len, targets)))
+    rows = _rows_of([segment for segment, _ in runs])
     moved = np.concatenate([np.full(segment.length, segment.shift) for segment, _ in runs])
     source, shift = _padded([rows.source], size, 0), _padded([moved + rows.shift], size, 0)
     patch = None
     if rows.depth.any():
         patch = Patch(*(_padded([each], size, 0) for each in (rows.patch, rows.layer, rows.depth, moved)))
     return Copies(source, _padded(targets, size, -1), shift, patch)
+
+
+def _rows_of(segments: Sequence[Segment]) -> Derived:
+    """Where the rows of these segments are, behind each other."""
+    if any(segment.rows for segment in segments):
+        return Derived.joined([segment.rows or Derived.stored(segment.slots) for segment in segments])
+    return Derived.stored(np.concatenate([segment.slots for segment in segments]))
 
 
 def plan_packing(packing: Packing, shapes: Shapes) -> Iterator[PackedRows]:
@@ -361,9 +367,10 @@ def page_tables(pages: Sequence[Sequence[int]], max_requests: int, max_pages: in
 
 def _padded(parts: Sequence[np.ndarray], size: int, fill: int | float | bool) -> Any:
     """The parts behind each other, filled up to `size`, of the fill's type."""
-    out = _full(size, fill)
-    joined = np.concatenate(parts)
-    out[: len(joined)] = joined
+    out, at = _full(size, fill), 0
+    for part in parts:
+        out[at : at + len(part)] = part
+        at += len(part)
     return out
 
 

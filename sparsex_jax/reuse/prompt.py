@@ -78,7 +78,7 @@ class PromptMap:
     @property
     def num_prefix(self) -> int:
         """How many tokens the prefix has, exact or approximate."""
-        return len(self) - int(self.computed.sum())
+        return len(self) - int(np.count_nonzero(self.computed))
 
     @property
     def first_reused(self) -> int:
@@ -110,12 +110,20 @@ class PromptMap:
 
         With a fixed width, text before and behind a short segment would leave nothing of it to reuse.
         """
-        if not self.segments:
-            return np.zeros(len(self), bool)
-        reach = np.zeros(len(self), np.int64)
-        for segment in self.segments:
-            reach[segment.start : segment.end] = min(width, segment.length // OVERFLOW_PART)
-        return self.reused & (_distances(self.fresh) <= reach)
+        near = np.zeros(len(self), bool)
+        for segment, (before, behind) in zip(self.segments, self._fresh_around_segments(), strict=True):
+            reach = min(width, segment.length // OVERFLOW_PART)
+            near[segment.start : max(min(before + reach + 1, segment.end), 0)] = True
+            near[max(behind - reach, segment.start) : segment.end] = True
+        return near & self.reused
+
+    def _fresh_around_segments(self) -> list[tuple[int, int]]:
+        """The nearest fresh tokens on both sides of each segment's first one; too far away to be near where there are
+        none. No reused token of the segment stands behind a fresh one of its own."""
+        none = len(self) + 1
+        fresh = np.concatenate([[-none], np.flatnonzero(self.fresh), [2 * none]])
+        behind = np.searchsorted(fresh, [segment.start for segment in self.segments])
+        return list(zip(fresh[behind - 1].tolist(), fresh[behind].tolist(), strict=True))
 
     def tail(self, length: int) -> Bool[np.ndarray, "tokens"]:
         """The last `length` tokens of the final segment if the prompt ends in it, else none."""
@@ -161,15 +169,3 @@ class PromptMap:
 def _first(mask: Bool[np.ndarray, "tokens"]) -> int:
     """Index of the first True, or the length if there is none."""
     return int(mask.argmax()) if mask.any() else len(mask)
-
-
-def _distances(mask: Bool[np.ndarray, "tokens"]) -> Int64[np.ndarray, "tokens"]:
-    """How far each token is from the nearest one of the mask; at least the number of tokens if there is none.
-
-    >>> _distances(np.array([False, True, False, False, False, True])).tolist()
-    [1, 0, 1, 2, 1, 0]
-    """
-    places, none = np.arange(len(mask)), len(mask)
-    before = np.maximum.accumulate(np.where(mask, places, -none))
-    behind = np.minimum.accumulate(np.where(mask, places, 2 * none)[::-1])[::-1]
-    return np.minimum(places - before, behind - places)

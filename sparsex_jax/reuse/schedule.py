@@ -55,7 +55,7 @@ class Phase:
     @functools.cached_property
     def num_forced(self) -> int:
         """How many tokens it computes whatever the signal says."""
-        return int(self.forced.sum())
+        return int(np.count_nonzero(self.forced))
 
     @property
     def least(self) -> int:

@@ -70,6 +70,9 @@ class Prefill:
     report: Report
 
 
+_ONLY_PREFILLED = SamplingParams()  # of sequences that say nothing: made once, since all its fields are checked
+
+
 class Output:
     """The tokens generated for one sequence so far, their text, and whether it is done.
 
@@ -95,7 +98,7 @@ class Output:
         """
         self.matcher = matcher
         self.max_new_tokens = 0 if sampling is None else sampling.max_new_tokens
-        self.sampling = sampling = sampling or SamplingParams()
+        self.sampling = sampling = sampling or _ONLY_PREFILLED
         if sampling.stop and tokenizer is None:
             raise InvalidRequestError(f"stop={sampling.stop!r} is text, but this model has no tokenizer")
         # -1 is no token. The number of end tokens is always the same, so that any batch runs the same program.

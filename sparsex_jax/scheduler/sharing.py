@@ -78,5 +78,6 @@ class Offer:
         self.num_prefix = prompt.num_prefix
         self.exact = keys[: prompt.exact_frontier]
         whole = len(prompt) // WINDOW
-        fresh = prompt.fresh[: whole * WINDOW].reshape(whole, WINDOW).all(axis=1)
-        self.windows = window_hashes(keys, _SALT)[::WINDOW][fresh]
+        on_grid = slice(whole * WINDOW)
+        fresh = prompt.fresh[on_grid].reshape(whole, WINDOW).all(axis=1)
+        self.windows = window_hashes(keys[on_grid].reshape(whole, WINDOW)[fresh], _SALT)[:, 0]

@@ -110,7 +110,7 @@ def _sparing(prompt: PromptMap, phases: Sequence[Phase], num_layers: int) -> lis
     """The segments of which at least `LEAST_SPARED` is not forced in the last phase that has layers."""
     *_, last = [phase for phase in phases if phase.start < num_layers]
     spared = prompt.reused & ~last.forced
-    return [s for s in prompt.segments if spared[s.start : s.end].sum() >= LEAST_SPARED * s.length]
+    return [s for s in prompt.segments if np.count_nonzero(spared[s.start : s.end]) >= LEAST_SPARED * s.length]
 
 
 def nearest_that_sees_all(layer: int, windows: Sequence[int | None]) -> int | None:
@@ -148,4 +148,5 @@ def check_boundaries(num_layers: int, **boundaries: int | None) -> None:
 
 def budget(prompt: PromptMap, forced: Bool[np.ndarray, "tokens"], ratio: float) -> int:
     """This share of the reused tokens, or all that are not forced if those are fewer."""
-    return min(round(ratio * prompt.reused.sum()), int((prompt.reused & ~forced).sum()))
+    reused, spared = np.count_nonzero(prompt.reused), np.count_nonzero(prompt.reused & ~forced)
+    return min(round(ratio * reused), int(spared))

@@ -171,6 +171,7 @@ from sparsex_jax.scheduler import helpers, warmup
 directory, devices, what = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 KeptPrograms.of = lambda mesh: KeptPrograms(directory, mesh)
 claim, traced, wait, own = helpers.Board.claim, helpers.Board.traced, Ahead.wait, []
+killed = []
 
 def claim_later(self, name, owner):
     all_ended = isinstance(owner, helpers.Helpers) and all(each.poll() is not None for each in owner._processes)
@@ -179,8 +180,9 @@ def claim_later(self, name, owner):
 
 def kill(self, name, results):
     traced(self, name, results)
-    if len(self._claimed) == 4:
-        os.kill(self._claimed[name].owner.pid, signal.SIGKILL)
+    if not killed:
+        killed.append(self._claimed[name].owner)
+        os.kill(killed[0].pid, signal.SIGKILL)
 
 def note(self):
     found = wait(self)
@@ -188,7 +190,7 @@ def note(self):
     return found
 
 Ahead.wait = note
-if what == "leaves":  # all to the others, as a process does that is slow to begin
+if what in ("leaves", "kills"):  # all to the others, as a process does that is slow to begin
     helpers.Board.claim = claim_later
 if what == "kills":
     helpers.Board.traced = kill

@@ -42,7 +42,7 @@ def provenance(devices: int = 1, kind: str | None = None) -> dict[str, Any]:
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "device": kind if devices == 1 else f"{devices} x {kind}",
-        "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
+        "machine": {"platform": f"{platform.system()}, {platform.machine()}", "cpus": os.cpu_count()},
         "versions": {"python": platform.python_version(), "jax": jax.__version__, "sparsex": version("sparsex-jax")},
         "commit": commit(),
     }

@@ -19,7 +19,7 @@ from sparsex_jax.device.ahead import Results
 from sparsex_jax.device.kept_programs import KeptPrograms
 from sparsex_jax.device.outlines import of_outline, outline
 from sparsex_jax.model.sharding import make_mesh
-from sparsex_jax.scheduler import helpers
+from sparsex_jax.scheduler import helpers, warmup
 from sparsex_jax.scheduler.helpers import BUSY, NUMBER, YOURS, Board, num_helpers
 
 RESULTS = Results(jax.tree.structure(0), [])
@@ -135,6 +135,15 @@ def test_a_helper_ends_with_the_process_that_started_it():
         assert process.wait() == 0
 
 
+def test_a_helper_imports_nothing_from_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "jax.py").write_text("raise SystemExit(3)")
+    process, connection = helpers._started()
+    with connection:
+        process.stdin.close()
+        assert process.wait() == 0
+
+
 def test_what_cannot_be_told_is_compiled_here(tmp_path, caplog):
     engine = Engine(TINY, tiny_params(), config=CONFIG)
     engine.loop.requests._tokenizer = lambda text: text  # which no other process can have
@@ -157,6 +166,15 @@ def test_helpers_have_the_settings_of_the_process_not_of_the_thread_that_missed_
     theirs.close()
     asked.end(at_once=True)
     assert told == helpers.settings()
+
+
+@pytest.mark.parametrize(("number", "directory"), [("0", "new"), ("2", "file/new")])
+def test_nobody_helps_who_is_not_asked_or_could_leave_nothing(tmp_path, monkeypatch, number, directory, caplog):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(NUMBER, number)
+    engine = Engine(TINY, tiny_params(), config=CONFIG)
+    assert warmup._helpers(engine.loop, None, KeptPrograms(tmp_path / directory, engine.mesh), 3) is None
+    assert ("may not be written to" in caplog.text) == (directory == "file/new")
 
 
 IN_A_PROCESS = """

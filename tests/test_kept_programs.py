@@ -1,6 +1,7 @@
 """Programs that one process left on disk are found by the next, are the same, and are never taken for others."""
 
 import contextlib
+import errno
 import functools
 import os
 import subprocess
@@ -118,6 +119,44 @@ def test_a_damaged_file_is_removed_and_its_program_compiled(tmp_path, program, c
     assert len(ahead.wait()) == 1, "it was kept again"
 
 
+def refused(*_, **__):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+def test_a_program_in_a_directory_that_is_read_only_is_found(tmp_path, program, monkeypatch):
+    def close(_):
+        for name in ("utime", "open", "unlink"):
+            monkeypatch.setattr(os, name, refused)
+
+    found, traced = two_processes(tmp_path, program, close)
+    assert not traced
+    assert len(found) == 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read all")
+def test_programs_of_another_user_are_not_there(tmp_path, program):
+    found, traced = two_processes(tmp_path, program, lambda files: files[0].parent.chmod(0))
+    assert traced
+    assert not found
+    next(tmp_path.iterdir()).chmod(0o700)
+
+
+def test_a_program_that_cannot_be_written_leaves_no_file(tmp_path, program, monkeypatch):
+    monkeypatch.setattr(os, "replace", refused)  # the last step
+    found, _ = two_processes(tmp_path, program)
+    assert not found
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_whether_programs_can_be_written_is_known_before(tmp_path):
+    (tmp_path / "file").touch()
+    assert KeptPrograms(tmp_path, MESH).may_keep
+    assert KeptPrograms(tmp_path / "new" / "newer", MESH).may_keep
+    assert not KeptPrograms(tmp_path / "file", MESH).may_keep
+    assert not KeptPrograms(tmp_path / "file" / "new", MESH).may_keep
+    assert not any(path.is_dir() for path in tmp_path.iterdir()), "asking makes nothing"
+
+
 class Elsewhere(Claims):
     """Another process has traced a program, and does this until it has ended."""
 
@@ -217,6 +256,15 @@ def test_old_kinds_of_processes_make_room(tmp_path, program):
     two_processes(tmp_path, program)
     assert sorted(path.name for path in tmp_path.glob("kind*")) == ["kind 0", "kind 1", "kind 2"]
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_kind_that_is_used_is_no_old_one(tmp_path, program):
+    def age(files):
+        os.utime(files[0].parent, (0, 0))
+
+    two_processes(tmp_path, program, age)
+    (kind,) = tmp_path.iterdir()
+    assert kind.stat().st_mtime > 0
 
 
 def test_where_programs_are_kept():

@@ -11,6 +11,7 @@ As with JAX's own files, whoever can write to the directory can have this proces
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -95,6 +96,12 @@ class KeptPrograms:
             return None
         return cls(Path(directory) / "programs", mesh)
 
+    @property
+    def may_keep(self) -> bool:
+        """Whether this process may write to the directory, or make it. A disk may be full all the same."""
+        above = next(each for each in (self.directory, *self.directory.absolute().parents) if os.path.exists(each))
+        return os.access(above, os.W_OK | os.X_OK) and os.path.isdir(above)
+
     def path(self, call: Call) -> Path | None:
         """Where the program is, or would be, by this thread's precision of products. None: something of the call has no
         name that another process knows."""
@@ -107,11 +114,12 @@ class KeptPrograms:
         return self.directory / _digest(about)
 
     def find(self, path: Path, args: tuple[Any, ...]) -> KeptProgram | None:
-        """The program that is kept there, if there is one; with the arguments that it is called with."""
-        if not path.is_file():
+        """The program that is kept there, if there is one that this process may read; with the arguments that it is
+        called with."""
+        if not os.access(path, os.R_OK):
             return None
+        self._use()
         try:
-            path.touch()
             (out_tree, out_types), executable = pickle.loads(path.read_bytes())
             tree = jax.tree.structure((args, {})), out_tree
             return KeptProgram(out_tree, out_types, functools.partial(self._load, path, executable, *tree))
@@ -139,15 +147,26 @@ class KeptPrograms:
 
     def _drop(self, path: Path, error: Exception) -> None:
         log.warning("%s is of no use (%s); the program is compiled anew", path, error)
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # others may have the directory
+            path.unlink()
+
+    def _use(self) -> None:
+        """Say that this kind is in use, if this process may: the kinds that were used longest ago are removed."""
+        with contextlib.suppress(OSError):
+            os.utime(self.directory)
 
     def _write(self, path: Path, content: bytes) -> None:
         if not self.directory.is_dir():
             self._make_room()
             self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.NamedTemporaryFile(dir=self.directory, delete=False) as file:
-            file.write(content)
-        os.replace(file.name, path)
+            try:
+                file.write(content)
+                file.flush()
+                os.replace(file.name, path)
+            except BaseException:  # as on a full disk
+                os.unlink(file.name)
+                raise
 
     def _make_room(self) -> None:
         """Remove the kinds that were used longest ago."""

@@ -274,8 +274,8 @@ def _started() -> tuple[subprocess.Popen[bytes], Connection]:
     """A helper, and how to talk to it. It ends when its standard input does."""
     ours, theirs = Pipe()
     about: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "pass_fds": [theirs.fileno()]}
-    # Ctrl-C is for this process, which ends the others.
-    command = [sys.executable, "-m", _MODULE, str(theirs.fileno())]
+    # Ctrl-C is for this process, which ends the others. With -P, modules of the working directory are not imported.
+    command = [sys.executable, "-P", "-m", _MODULE, str(theirs.fileno())]
     with theirs:
         return subprocess.Popen(command, env=_environment(), start_new_session=True, **about), ours
 

@@ -26,6 +26,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,6 +50,8 @@ from sparsex_jax.scheduler.constrained import ConstrainedDecode
 from sparsex_jax.scheduler.helpers import Helpers, num_helpers
 from sparsex_jax.scheduler.loop import Loop
 
+log = logging.getLogger(__name__)
+
 
 def steps(loop: Loop, usual: SamplingParams | None = None) -> list[Callable[[], None]]:
     """Calls that compile a few programs each, and one that measures what they take. They leave nothing in the store.
@@ -70,8 +73,7 @@ def steps_ahead(loop: Loop, usual: SamplingParams | None = None) -> list[Callabl
     if loop.runner.relay is not None:
         return []
     steps, kept = programs(loop, usual), KeptPrograms.of(loop.runner.mesh)
-    number = num_helpers(loop.runner.decoder.ops.backend.platform)
-    helpers = Helpers(number, loop, usual, kept, len(steps)) if kept is not None and number else None
+    helpers = _helpers(loop, usual, kept, len(steps))
     ahead = Ahead(kept, helpers)
 
     def compiling(step: Callable[[], None]) -> None:
@@ -85,6 +87,17 @@ def steps_ahead(loop: Loop, usual: SamplingParams | None = None) -> list[Callabl
             helpers.end()
 
     return [*(functools.partial(compiling, step) for step in steps), wait]
+
+
+def _helpers(loop: Loop, usual: SamplingParams | None, kept: KeptPrograms | None, num_steps: int) -> Helpers | None:
+    """Processes that share the steps. None: there are to be none, or they could not leave what they compile."""
+    number = num_helpers(loop.runner.decoder.ops.backend.platform)
+    if kept is None or not number:
+        return None
+    if not kept.may_keep:
+        log.warning("Programs that are not in %s yet are compiled at each start: it may not be written to", kept.root)
+        return None
+    return Helpers(number, loop, usual, kept, num_steps)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from multiprocessing.connection import Pipe
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from sparsex_jax.device.kept_programs import KeptPrograms
 from sparsex_jax.device.outlines import of_outline, outline
 from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.scheduler import helpers, warmup
-from sparsex_jax.scheduler.helpers import BUSY, NUMBER, YOURS, Board, num_helpers
+from sparsex_jax.scheduler.helpers import BUSY, NUMBER, YOURS, Board, num_helpers, with_room
 
 RESULTS = Results(jax.tree.structure(0), [])
 WHOLE = NamedSharding(make_mesh(), PartitionSpec())
@@ -79,6 +80,24 @@ def test_how_many_help(monkeypatch, platform, asked, processors, number):
         monkeypatch.setenv(NUMBER, asked)
     monkeypatch.setattr(helpers, "num_processors", lambda: processors)
     assert num_helpers(platform) == number
+
+
+@pytest.mark.parametrize(
+    ("limit", "share", "number"),
+    [(None, None, 6), (100e9, None, 10), (130e9, "0.9", 4), (72e9, "0.9", 2), (80e9, "1.0", 0)],
+)
+def test_as_many_help_as_there_is_memory_for(monkeypatch, limit, share, number):
+    """Beside a server whose pool may take a share of the GPU, with a matrix of 1.05 GB that makes logits."""
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    if share is not None:
+        monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", share)
+    device = SimpleNamespace(memory_stats=lambda: limit and {"bytes_limit": limit})
+    runner = SimpleNamespace(mesh=SimpleNamespace(local_devices=[device]))
+    monkeypatch.setattr(helpers, "_head_bytes", lambda runner: 1.05e9)
+    assert with_room(runner) == number
+    monkeypatch.setattr(helpers, "num_processors", lambda: 192)
+    monkeypatch.delenv(NUMBER, raising=False)
+    assert num_helpers("gpu", with_room(runner)) == min(number, 6)
 
 
 def test_a_number_that_is_none_is_refused(monkeypatch):

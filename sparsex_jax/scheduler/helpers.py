@@ -45,9 +45,14 @@ log = logging.getLogger(__name__)
 NUMBER = "SPARSEX_COMPILE_PROCESSES"  # an environment variable: how many helpers there are. 0: none
 _MOST, _PROCESSORS_EACH = 6, 4
 _FEW_PROCESSORS = 8  # with fewer there are no helpers
+# In which a helper has XLA compile. XLA has threads of its own beside these, and tries out products with matrices that it
+# makes for that, of which the one that makes logits is the largest.
+_THREADS = 2
+_CONTEXT_BYTES = 1 << 30  # of a GPU that a helper takes beside such matrices
 _MOMENT = 0.02  # seconds between two questions for a program that another process traces
 _TO_END = 2.0  # seconds in which helpers that have nothing left to do may end by themselves
 _MODULE = "sparsex_jax.scheduler.helping"
+_SHARE_OF_MEMORY, _USUAL_SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75  # JAX's, of what a process takes of a device
 
 YOURS, BUSY = "yours", "busy"  # answers to a claim: nobody has claimed it, or who has still traces it
 Answer = Results | str
@@ -72,8 +77,11 @@ class Share(NamedTuple):
     threads: int
 
 
-def num_helpers(platform: str) -> int:
+def num_helpers(platform: str, most: int = _MOST) -> int:
     """How many there are on this host: as the environment says, or as its processors suggest. A TPU is one process's.
+
+    Args:
+      most: if the environment does not say.
 
     Raises InvalidRequestError if the environment has no number >= 0.
     """
@@ -83,7 +91,25 @@ def num_helpers(platform: str) -> int:
     if asked is not None:
         require(asked.isdecimal(), f"{NUMBER}={asked!r:.60} must be an integer >= 0")
         return int(asked)
-    return min(processors // _PROCESSORS_EACH, _MOST) if processors >= _FEW_PROCESSORS else 0
+    return min(processors // _PROCESSORS_EACH, _MOST, most) if processors >= _FEW_PROCESSORS else 0
+
+
+def with_room(runner: Runner) -> int:
+    """How many helpers fit into the memory of a device that this process leaves to others. `_MOST` if it does not say.
+
+    With 0.9 of an H200 taken, 14 GB are left, which is room for 4 that compile an 8B model's programs.
+    """
+    limit = (runner.mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
+    if limit is None:
+        return _MOST
+    left = limit * (1 / float(os.environ.get(_SHARE_OF_MEMORY) or _USUAL_SHARE) - 1)
+    return max(int(left // (_CONTEXT_BYTES + _THREADS * _head_bytes(runner))), 0)
+
+
+def _head_bytes(runner: Runner) -> int:
+    """Of the matrix that makes logits, on one device."""
+    head = runner.params.embed if runner.params.lm_head is None else runner.params.lm_head
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(head))
 
 
 class Helpers(Claims):
@@ -101,7 +127,7 @@ class Helpers(Claims):
         self._number, self._board = number, Board(num_steps)
         self._settings = settings()  # now: where a program is missed, that thread may have a precision of its own
         about = loop.runner.outlined(), loop.requests.tokenizer, loop.requests.reuse, usual
-        self._share = Share(kept.root, kept.directory, *about, num_steps, max(num_processors() // number, 1))
+        self._share = Share(kept.root, kept.directory, *about, num_steps, _THREADS)
         self._started = self._over = False
         self._processes: list[subprocess.Popen[bytes]] = []
         self._threads: list[threading.Thread] = []

@@ -47,7 +47,7 @@ from sparsex_jax.reuse.methods import Method, Phase, method_of
 from sparsex_jax.reuse.planner import RequestPlan, slots_of
 from sparsex_jax.reuse.prompt import PromptMap, TokenKind
 from sparsex_jax.scheduler.constrained import ConstrainedDecode
-from sparsex_jax.scheduler.helpers import Helpers, num_helpers
+from sparsex_jax.scheduler.helpers import Helpers, num_helpers, with_room
 from sparsex_jax.scheduler.loop import Loop
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ def steps_ahead(loop: Loop, usual: SamplingParams | None = None) -> list[Callabl
 
 def _helpers(loop: Loop, usual: SamplingParams | None, kept: KeptPrograms | None, num_steps: int) -> Helpers | None:
     """Processes that share the steps. None: there are to be none, or they could not leave what they compile."""
-    number = num_helpers(loop.runner.decoder.ops.backend.platform)
+    number = num_helpers(loop.runner.decoder.ops.backend.platform, with_room(loop.runner))
     if kept is None or not number:
         return None
     if not kept.may_keep:

@@ -45,8 +45,8 @@ log = logging.getLogger(__name__)
 NUMBER = "SPARSEX_COMPILE_PROCESSES"  # an environment variable: how many helpers there are. 0: none
 _MOST, _PROCESSORS_EACH = 6, 4
 _FEW_PROCESSORS = 8  # with fewer there are no helpers
-# In which a helper has XLA compile. XLA has threads of its own beside these. It tries out products with matrices that it
-# makes for that; the largest is the one that makes logits.
+# In which a helper has XLA compile, which has threads of its own beside these. It tries out products with matrices that
+# it makes for that; the largest is the one that makes logits.
 _THREADS = 2
 _CONTEXT_BYTES = 1 << 30  # of a GPU that a helper takes beside such matrices
 _MOMENT = 0.02  # seconds between two questions for a program that another process traces

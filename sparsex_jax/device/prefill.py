@@ -14,8 +14,9 @@ then computed once a phase. A single scan whose every layer asks whether a bound
 again for every layer and copies the hidden states through the question: up to 31 % slower on an H100, most where few
 rows run (`scripts/results/scan-*.json`).
 
-Behind the last boundary the order of chunks and layers may change, too. On a GPU, `prefill` ends with that boundary,
-and `last_layers` takes the rows that went on through the layers that are left, one chunk after the other.
+Behind the last boundary the order of chunks and layers may change, too. On a GPU, `prefill` ends with that boundary, or
+before it where key mass chooses there: then `cross` does. `last_layers` takes the rows that went on through the layers
+that are left, one chunk after the other.
 """
 
 from __future__ import annotations

@@ -100,10 +100,26 @@ def test_as_many_help_as_there_is_memory_for(monkeypatch, limit, share, number):
     assert num_helpers("gpu", with_room(runner)) == min(number, 6)
 
 
-def test_a_number_that_is_none_is_refused(monkeypatch):
-    monkeypatch.setenv(NUMBER, "-1")
-    with pytest.raises(InvalidRequestError, match=NUMBER):
+@pytest.mark.parametrize("asked", ["-1", "abc", "", "65", "1" * 5000])
+def test_a_number_that_is_none_is_refused(monkeypatch, asked):
+    monkeypatch.setenv(NUMBER, asked)
+    with pytest.raises(InvalidRequestError, match=f"{NUMBER}=.* must be an integer from 0 to 64"):
         num_helpers("gpu")
+
+
+def test_helpers_that_hang_are_killed_and_what_they_claimed_is_done_here(monkeypatch, tmp_path):
+    monkeypatch.setattr(helpers, "_PATIENCE", 0.05)
+    engine = Engine(TINY, tiny_params(), config=CONFIG)
+    asked = helpers.Helpers(1, engine.loop, None, KeptPrograms(tmp_path, engine.mesh), 1)
+    board, hanging = asked._board, SimpleNamespace()
+    hanging.kill = lambda: board.lost(hanging)
+    asked._started, asked._processes = True, [hanging]
+    for name in ("traces", "compiles"):
+        board.claim(name, hanging)
+    board.traced("compiles", RESULTS)
+    asked.wait(tmp_path / "compiles")
+    assert asked.claim(tmp_path / "traces") is None
+    assert asked.claim(tmp_path / "compiles") == RESULTS
 
 
 def test_how_many_help_makes_no_other_programs(monkeypatch, tmp_path):

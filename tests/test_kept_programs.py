@@ -298,7 +298,7 @@ for step in (*warmup.steps_ahead(engine.loop), *warmup.steps(engine.loop)):
 prompt, more = list(range(1, 60)), SamplingParams(max_new_tokens=8, temperature=0.0)
 engine.remember(prompt[10:40])
 answers = [engine.generate(each, more).token_ids for each in (prompt, prompt[10:40] + prompt[:10], prompt[::-1])]
-heavy = {"prefill", "last_layers", "_decode", "score", "align", "begin"} & traced
+heavy = {"prefill", "cross", "last_layers", "_decode", "score", "align", "begin", "_unpacked", "_are_finite"} & traced
 print(sorted(heavy), [list(map(int, answer)) for answer in answers])
 """
 

@@ -189,6 +189,11 @@ def test_the_logits_of_what_was_preempted_are_those_behind_its_prompt():
         np.testing.assert_allclose(out.logits, expected, atol=1e-4)
 
 
+def test_logits_are_asked_for_by_true_or_false():
+    with pytest.raises(InvalidRequestError, match="return_logits='x' must be a bool"):
+        tiny_engine().generate_batch([TEXT[:9]], return_logits="x")
+
+
 def test_an_exact_request_that_was_preempted_finds_itself_again():
     engine = tiny_engine(**SMALL)
     prompts = [TEXT[:200], TEXT[300:450]]  # 13 and 10 pages; 90 new tokens are 6 more each

@@ -65,6 +65,25 @@ def test_overflow_reaches_no_further_than_its_tokens():
     assert map_of(20, 200, 20).overflow(3).sum() == 6
 
 
+@settings(deadline=None)
+@given(
+    pieces=st.lists(st.integers(0, 60), min_size=2, max_size=9),
+    width=st.integers(0, 70),
+    dropped=st.sets(st.integers(0, 3)),
+)
+def test_overflow_is_what_is_near_a_fresh_token(pieces, width, dropped):
+    """Also where segments adjoin, have a token, or were found and are not pasted."""
+    prompt = map_of(1, *pieces)
+    prompt = prompt.only([segment for at, segment in enumerate(prompt.segments) if at not in dropped])
+    fresh = np.flatnonzero(prompt.fresh)
+    expected = np.zeros(len(prompt), bool)
+    for segment in prompt.segments:
+        for token in range(segment.start, segment.end):
+            reach = min(width, segment.length // 8)
+            expected[token] = prompt.reused[token] and np.abs(fresh - token).min(initial=1000) <= reach
+    np.testing.assert_array_equal(prompt.overflow(width), expected)
+
+
 # What is pasted ---------------------------------------------------------------------------------------------
 
 

@@ -600,7 +600,7 @@ class Runner:
     @relayed
     def are_finite(self, logits: Float[Array, "requests vocab"]) -> Bool[np.ndarray, "requests"]:
         """Whether all logits of each line are finite. Waits for the device."""
-        return np.asarray(_are_finite(logits))
+        return np.asarray(self._call(_are_finite, logits))
 
     @relayed
     def finite_slots(self, pages: Sequence[int]) -> Bool[np.ndarray, "pages page_size"]:
@@ -667,7 +667,8 @@ class Runner:
         """
         if isinstance(state.token, np.ndarray):
             sampling = state.sampling.decided() if self.host_steers else state.sampling
-            state = _unpacked(self._sent(dataclasses.replace(state, sampling=sampling)), ops=self.decoder.ops)
+            sent = self._sent(dataclasses.replace(state, sampling=sampling))
+            state = self._call(_unpacked, sent, ops=self.decoder.ops)
         is_placed = all(array.sharding == self._everywhere for array in jax.tree.leaves(state))
         return state if is_placed else self._placed(state)
 

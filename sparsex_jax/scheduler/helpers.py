@@ -49,6 +49,8 @@ _FEW_PROCESSORS = 8  # with fewer there are no helpers
 # it makes for that; the largest is the one that makes logits.
 _THREADS = 2
 _CONTEXT_BYTES = 1 << 30  # of a GPU that a helper takes beside such matrices
+_PATIENCE = 300.0  # seconds in which any program is traced, or compiled: who has not done it by then hangs
+_MOST_ASKED = 64  # that the environment may ask for
 _MOMENT = 0.02  # seconds between two questions for a program that another process traces
 _TO_END = 2.0  # seconds in which helpers that have nothing left to do may end by themselves
 _MODULE = "sparsex_jax.scheduler.helping"
@@ -83,13 +85,14 @@ def num_helpers(platform: str, most: int = _MOST) -> int:
     Args:
       most: if the environment does not say.
 
-    Raises InvalidRequestError if the environment has no number >= 0.
+    Raises InvalidRequestError if the environment has something else.
     """
     asked, processors = os.environ.get(NUMBER), num_processors()
     if platform == "tpu":
         return 0
     if asked is not None:
-        require(asked.isdecimal(), f"{NUMBER}={asked!r:.60} must be an integer >= 0")
+        is_number = asked.isdecimal() and len(asked) < 4 and int(asked) <= _MOST_ASKED
+        require(is_number, f"{NUMBER}={asked!r:.60} must be an integer from 0 to {_MOST_ASKED}")
         return int(asked)
     return min(processors // _PROCESSORS_EACH, _MOST, most) if processors >= _FEW_PROCESSORS else 0
 
@@ -135,7 +138,7 @@ class Helpers(Claims):
     def claim(self, path: Path) -> Results | None:
         if not self._started:
             self._start()
-        return claimed(lambda: self._board.claim(path.name, self))
+        return claimed(lambda: self._board.claim(path.name, self), self._give_up)
 
     def traced(self, path: Path, results: Results) -> None:
         self._board.traced(path.name, results)
@@ -144,7 +147,15 @@ class Helpers(Claims):
         self._board.ended(path.name)
 
     def wait(self, path: Path) -> None:
-        self._board.wait(path.name)
+        if not self._board.wait(path.name, _PATIENCE):
+            self._give_up()
+            self._board.wait(path.name)
+
+    def _give_up(self) -> None:
+        """Kill processes that hang. What they have claimed is this one's then."""
+        log.warning("A program has not come for %d s. This process does what others compiled beside it", _PATIENCE)
+        for process in self._processes:
+            process.kill()
 
     def end(self, *, at_once: bool = False) -> None:
         """End the processes, at once or when nothing is left for them to do, and wait until they have ended."""
@@ -273,9 +284,9 @@ class Board:
             for name in [name for name, each in self._claimed.items() if each.owner is owner]:
                 self._end(name)
 
-    def wait(self, name: str) -> None:
-        """Until its owner is done with a program that it has traced."""
-        self._claimed[name].over.wait()
+    def wait(self, name: str, seconds: float | None = None) -> bool:
+        """Until its owner is done with a program that it has traced, or so long. Whether it is."""
+        return self._claimed[name].over.wait(seconds)
 
     def _end(self, name: str) -> None:
         if self._claimed[name].results is None:
@@ -284,10 +295,18 @@ class Board:
             self._claimed[name].over.set()
 
 
-def claimed(ask: Callable[[], Answer]) -> Results | None:
-    """Ask until the answer is not that another process is at it. None: it is the caller's."""
+def claimed(ask: Callable[[], Answer], late: Callable[[], None] | None = None) -> Results | None:
+    """Ask until the answer is not that another process is at it. None: it is the caller's.
+
+    Args:
+      late: called once, if that is still the answer after `_PATIENCE` seconds.
+    """
+    deadline = time.monotonic() + _PATIENCE
     while (answer := ask()) == BUSY:
         time.sleep(_MOMENT)
+        if late is not None and time.monotonic() > deadline:
+            late()
+            late = None
     return answer if isinstance(answer, Results) else None
 
 

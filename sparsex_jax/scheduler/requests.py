@@ -264,6 +264,7 @@ class Requests:
 
     def _checked(self, sequence: Sequence) -> Sequence:
         _require_type("keep", sequence.keep, bool)
+        _require_type("return_logits", sequence.wants_logits, bool)
         if not callable(sequence.listener):
             raise InvalidRequestError(f"listener={sequence.listener!r} must be callable")
         self._admission.check(sequence)

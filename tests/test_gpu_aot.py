@@ -55,7 +55,7 @@ def test_a_decode_step_is_a_few_kernels_a_layer_and_asks_nothing(num_devices, re
     step = decode.turn()
     assert step.kernels == 9 * LAYERS
     assert step.questions == 0
-    # XLA's are the padding of queries, with two devices the gate too, and what is in no layer: some of it cuts keys into
+    # XLA's are the padding of queries, with two devices the gate too, and what is in no layer, as what cuts keys into
     # shares. Sums over devices are made by the kernels that add what is summed, but for those behind the last layer.
     assert step.others <= num_devices * LAYERS + 48
     assert step.collectives <= (0 if num_devices == 1 else 4)

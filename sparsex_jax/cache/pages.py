@@ -166,16 +166,16 @@ class PagePool:
 
     def settle(self, pages: Sequence[int]) -> None:
         """Free those that nobody has any more, and then what they rested on alone."""
-        gone = [page for page in self._of_nobody(pages) if self.is_derived(page)]
+        gone = [page for page in self._unused(pages) if self.is_derived(page)]
         bases = [base for page in gone for base in self._forget_derived(page)]
-        nobodys = self._of_nobody([*pages, *bases])
-        self.free.extend(reversed(dict.fromkeys(page for page in nobodys if not self.is_derived(page))))
+        unused = self._unused([*pages, *bases])
+        self.free.extend(reversed(dict.fromkeys(page for page in unused if not self.is_derived(page))))
 
-    def _of_nobody(self, pages: Sequence[int]) -> list[int]:
-        """Those of these pages that nobody has, in their order."""
+    def _unused(self, pages: Sequence[int]) -> list[int]:
+        """The pages that nothing refers to, in their order."""
         index = np.array(pages, np.int64)
-        somebodys = (self.refs[index] > 0) | self.committed[index] | (self.rested_on[index] > 0)
-        return index[~somebodys].tolist()
+        used = (self.refs[index] > 0) | self.committed[index] | (self.rested_on[index] > 0)
+        return index[~used].tolist()
 
     # Derived pages ------------------------------------------------------------------------------------------
 

@@ -20,6 +20,16 @@ class Part(NamedTuple):
     first: Any = None  # the first key that the row sees, where there is a window
 
 
+def seen_blocks(positions: RowInts, block: int, window: Window | None) -> tuple[RowInts | None, Int[Array, "rows"]]:
+    """Of each row, the first block of keys that it sees, and how many it sees; 0 of padding. The first is None where
+    there is no window, since it is 0."""
+    end = (positions + block) // block
+    if window is None:
+        return None, end
+    first = first_seen(positions, window) // block
+    return first, end - first
+
+
 def key_parts(
     positions: RowInts,
     requests: RowInts,
@@ -48,9 +58,7 @@ def key_parts(
     #   blocks 5 0 2, 7 in all, so a part has at most ceil(7 / 4) = 2
     #   parts  3 0 1 of the rows, of 2, -, 2 blocks: row 0's are blocks [0, 2), [2, 4), [4, 5), row 2's [0, 2)
     #   spans  [0, 3] [3, 3] [3, 4]
-    blocks = (positions + block) // block  # 0 for padding
-    skipped = None if window is None else first_seen(positions, window) // block
-    blocks = blocks if skipped is None else blocks - skipped
+    skipped, blocks = seen_blocks(positions, block, window)
     largest = jnp.maximum(-(-blocks.sum() * heads // programs), 1)
     count = -(-blocks // largest)
     size = -(-blocks // jnp.maximum(count, 1))  # of each row's parts

@@ -7,6 +7,7 @@ from jax import Array
 from jaxtyping import Int
 
 from sparsex_kernels.layout import RowInts, Window, first_seen
+from sparsex_kernels.paged_attention.parts import seen_blocks
 
 ITEM = 1  # blocks in whose time a program ends a share and begins the next
 
@@ -52,9 +53,7 @@ def key_shares(
     #   pieces  blocks [0, 3) and [3, 5) of row 0, none, [0, 2) of row 2, none
     #   spans   [0, 2) of row 0, none, [3, 4) of row 2
     #   ranges  [0, 1) and [1, 4)
-    blocks = (positions + block) // block  # 0 for padding
-    skipped = None if window is None else first_seen(positions, window) // block
-    blocks = blocks if skipped is None else blocks - skipped
+    skipped, blocks = seen_blocks(positions, block, window)
     total, rows_end = blocks.sum(), jnp.cumsum(blocks)
     number = _number(total, heads, max(programs // heads, 1), at_once)
     cuts = jnp.minimum(jnp.arange(max(programs // heads, 1) + 1) * total // number, total)

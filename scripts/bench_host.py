@@ -15,7 +15,7 @@ sequence comes or goes. Prompts differ in length, so that in most rounds some se
                        --step-ms for a token: a clock stands in for it. Each dispatch is sent once the host has done
                        all that came of the one before it
     idle, sent ahead   the same where the next dispatch is sent before the tokens of this one are there, in which case
-                       it has 4 tokens
+                       it has 4 tokens, or 2 where these take 8 ms
 
 The idle times are means over dispatches of a token's share. The clock counts what the thread of the loop computes, and
 what it waits for the device: other work on the machine does not count.

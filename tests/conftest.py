@@ -85,6 +85,7 @@ def nothing_is_sent_ahead() -> Iterator[None]:
     """How many tokens a dispatch has does not depend on how fast the machine is. Tests of what is sent ahead say so."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sparsex_jax.scheduler.policy.ROUND_SECONDS", float("inf"))
+        patch.setattr("sparsex_jax.scheduler.policy.LONG_SECONDS", float("inf"))
         yield
 
 

@@ -11,7 +11,7 @@ from conftest import CONFIG, TINY, tiny_engine
 
 from sparsex_jax import ReuseConfig, SamplingParams
 from sparsex_jax.device import runner
-from sparsex_jax.device.decode import FEW_STEPS, decode
+from sparsex_jax.device.decode import decode
 from sparsex_jax.device.runner import Runner
 from sparsex_jax.device.state import BatchSlot, decode_state
 from sparsex_jax.model.ops import Ops
@@ -22,6 +22,7 @@ KINDS = {
     "ranked": SamplingParams(temperature=1.0, top_k=3),
     "adjusted": SamplingParams(presence_penalty=0.5, logprobs=2),
 }
+STEPS = 4  # of a program
 
 
 def steered_engine(**changes):
@@ -37,7 +38,7 @@ def test_no_step_of_a_compiled_decode_asks_the_host(kind, sorts):
     runner = steered_engine().runner
     state = decode_state([BatchSlot([0], [0], KINDS[kind], (1,), [0])], runner.shapes.max_pages, TINY.vocab_size)
     leaves, structure = jax.tree.flatten(runner.place(state))
-    about = {"decoder": runner.decoder, "steps": FEW_STEPS, "stops_early": False}
+    about = {"decoder": runner.decoder, "steps": STEPS, "stops_early": False}
 
     @jax.jit
     def step(store, leaves, limit):  # checked records cannot hold what `lower` says of arguments
@@ -46,7 +47,7 @@ def test_no_step_of_a_compiled_decode_asks_the_host(kind, sorts):
     compiled = step.lower(runner.store, leaves, 1).compile().as_text()
     lines = [line for line in compiled.splitlines() if "/attention/" not in line]
     loops = [line for line in lines if re.search(r" while\(", line)]
-    assert any(f'"known_trip_count":{{"n":"{FEW_STEPS}"}}' in line for line in loops), "the steps"
+    assert any(f'"known_trip_count":{{"n":"{STEPS}"}}' in line for line in loops), "the steps"
     assert any(f'"known_trip_count":{{"n":"{TINY.num_layers}"}}' in line for line in loops), "the layers"
     assert [line for line in loops if "known_trip_count" not in line] == []
     assert [line for line in lines if re.search(r" conditional\(", line)] == []

@@ -1,4 +1,4 @@
-"""Decode dispatches that are sent before the host has seen the tokens of the one before."""
+"""Decode dispatches and prefills that are sent before the host has seen the tokens of the dispatch before."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -14,6 +14,7 @@ from test_engine_properties import EngineMachine
 from sparsex_jax import ReuseConfig, SamplingParams
 from sparsex_jax.device.sampling import Sampled
 from sparsex_jax.scheduler import loop, policy
+from sparsex_jax.scheduler.execution import Execution
 from sparsex_jax.scheduler.sequence import Event, State
 
 RNG = np.random.default_rng(7)
@@ -87,6 +88,16 @@ def test_the_next_dispatch_is_sent_before_the_tokens_of_this_one_are_seen(ahead,
     assert [len(event.token_ids) for event in heard] == [1, *[4] * 6]
 
 
+def test_long_steps_are_sent_for_by_twos(ahead, monkeypatch):
+    """Who comes meanwhile waits for the end of a dispatch."""
+    engine = tiny_engine()
+    monkeypatch.setattr(policy, "LONG_SECONDS", 0.0)
+    heard, _ = hear(engine.loop, TEXT[:10], 8)
+    run(engine.loop)
+    assert [len(event.token_ids) for event in heard] == [1, 2, 2, 2, 1]
+    assert answer(heard) == answer(hear_alone(TEXT[:10], 8))
+
+
 def test_one_after_the_other_where_the_device_is_faster_than_the_host(monkeypatch):
     engine = tiny_engine()
     hear(engine.loop, TEXT[:10], 1 + 3 * 16)
@@ -102,7 +113,7 @@ def test_who_comes_meanwhile_waits_for_what_is_on_its_way_and_no_more(ahead, mon
     order = watch(engine, monkeypatch)
     late, _ = hear(engine.loop, TEXT[100:120], 2)
     engine.loop.step()
-    assert order == ["fetch", "prefill", "fetch"], "the last is its first token"
+    assert order == ["prefill", "fetch", "fetch"], "the last is its first token"
     run(engine.loop)
     assert len(answer(late)[0]) == 2
     assert idle(engine)
@@ -121,10 +132,36 @@ def test_who_comes_before_the_next_dispatch_is_sent_waits_for_this_one_alone(ahe
 
     monkeypatch.setattr(engine.loop._execution, "seconds_left", comes)
     engine.loop.step()
-    assert order == ["fetch", "prefill", "fetch"], "the last is its first token"
+    assert order == ["prefill", "fetch", "fetch"], "the last is its first token"
     monkeypatch.setattr(engine.loop._execution, "seconds_left", lambda dispatch: 0.0)
     run(engine.loop)
     assert len(answer(late[0])[0]) == 2
+    assert idle(engine)
+
+
+def test_a_prefill_that_asks_the_host_something_is_sent_behind_the_tokens(ahead, monkeypatch):
+    """Its call returns late, and the tokens would wait for it."""
+    engine = tiny_engine()
+    monkeypatch.setattr(engine.runner, "asks_nothing", lambda stages: False)
+    decoding(engine)
+    order = watch(engine, monkeypatch)
+    hear(engine.loop, TEXT[100:120], 2)
+    engine.loop.step()
+    assert order == ["fetch", "prefill", "fetch"]
+
+
+def test_a_prefill_that_is_cut_by_layers_is_sent_behind_the_tokens(ahead, monkeypatch):
+    """The host waits for each part of it."""
+    engine = tiny_engine(prefill_tokens=16)
+    segment = engine.remember(TEXT[300:364])
+    assert segment
+    decoding(engine)
+    order = watch(engine, monkeypatch)
+    prompt = np.concatenate([TEXT[500:505], TEXT[300:364], TEXT[510:515]])
+    hear(engine.loop, prompt, 2, reuse=ReuseConfig("sparsex", boundary_layer=1))
+    engine.loop.step()
+    assert order == ["fetch", "prefill"]
+    run(engine.loop)
     assert idle(engine)
 
 
@@ -278,6 +315,49 @@ def test_what_stands_on_a_lost_dispatch_is_dropped(ahead, monkeypatch):
     assert idle(engine)
 
 
+@pytest.mark.parametrize("loses", [False, True], ids=["prefill fails", "store is lost"])
+def test_a_prefill_that_cannot_be_sent_ends_only_who_is_at_fault(ahead, loses):
+    engine = tiny_engine()
+    heard = decoding(engine)
+    advance = engine.runner.advance
+
+    def broken(*args):
+        engine.runner.advance = advance
+        if loses:
+            engine.runner.store.delete()
+        raise RuntimeError("broken")
+
+    engine.runner.advance = broken
+    late, _ = hear(engine.loop, TEXT[300:320], 20)
+    run(engine.loop)
+    assert answer(late) == ([], "error")
+    assert [answer(one) for one in heard] == [answer(hear_alone(TEXT[20 * at : 20 * at + 10], 60)) for at in (0, 1)]
+    assert idle(engine)
+
+
+def test_a_prefill_behind_a_lost_dispatch_is_made_anew(ahead, monkeypatch):
+    engine = tiny_engine()
+    heard = decoding(engine)
+    late, _ = hear(engine.loop, TEXT[300:320], 20)
+    get, failures = jax.device_get, [RuntimeError("the device is gone")]
+
+    def fetch(tree):
+        if isinstance(tree, Sampled) and failures:
+            engine.runner.store.delete()
+            raise failures.pop()
+        return get(tree)
+
+    monkeypatch.setattr("sparsex_jax.scheduler.execution.jax.device_get", fetch)
+    order = watch(engine, monkeypatch)
+    engine.loop.step()
+    assert order[0] == "prefill"
+    monkeypatch.undo()
+    run(engine.loop)
+    assert answer(late) == answer(hear_alone(TEXT[300:320], 20))
+    assert [answer(one) for one in heard] == [answer(hear_alone(TEXT[20 * at : 20 * at + 10], 60)) for at in (0, 1)]
+    assert idle(engine)
+
+
 def test_a_dispatch_for_nobody_harms_nobody(ahead):
     """All end by a token that the device does not know, while one more dispatch is under way."""
     engine = tiny_engine()
@@ -358,6 +438,8 @@ def check_against_one_after_the_other(traffic, pages):
     for seconds in (0.0, float("inf")):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(policy, "ROUND_SECONDS", seconds)
+            if seconds:
+                patch.setattr(Execution, "can_send_behind", lambda *_: False)
             results.append(lives(engine_with_an_end(store_tokens=pages * 16, decode_steps=4), traffic))
     for request, one, other in zip(traffic, *results, strict=True):
         tokens, expected = (answer(heard)[0] for heard in (one, other))

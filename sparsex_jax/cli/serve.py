@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import gc
 import signal
 import socket
-import sys
 import time
 from collections.abc import Mapping, Sequence
 
@@ -79,16 +77,8 @@ def run(
         server = Server(app, sockets=sockets, on_listening=tell)
         if leader is not None:
             _end_together(leader, server, worker)
-        _answer_soon()
         server.run()
         engine.close()
-
-
-def _answer_soon() -> None:
-    """Settings of the interpreter by which clients wait less."""
-    sys.setswitchinterval(0.001)  # the event loop's thread gets its turn sooner
-    gc.collect()
-    gc.freeze()  # else collections walk the model's and the libraries' objects, half a second in which nobody is heard
 
 
 def _end_together(leader: Leader, server: Server, worker: Worker) -> None:

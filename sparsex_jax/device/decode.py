@@ -26,8 +26,9 @@ from sparsex_jax.model.weights import Params
 from sparsex_jax.reuse.adapters import NO_SLOT
 from sparsex_jax.reuse.plan import PADDING_REQUEST, Anywhere, Rows
 
-# Tokens that a dispatch has at least, where it cannot stop early and where somebody waits for its end.
-FEW_STEPS = 4
+# Tokens that one program makes of each request where it cannot stop early. With one, what the host does for a program
+# would show between steps of 5 ms.
+_STEPS_TOGETHER = 2
 # Sums of more requests over several GPUs are quicker by XLA's own kernel, which cannot be in CUDA graphs. Of two H200s
 # with an 8B model, a step of one request takes 4.18 ms in graphs and 4.28 by that kernel; of 32, 8.60 and 8.46. With
 # mailboxes few sums are left, and nothing was measured anew.
@@ -40,7 +41,7 @@ def steps_together(most: int, *, host_steers: bool) -> int:
     Args:
       most: of a dispatch.
     """
-    return min(FEW_STEPS, most) if host_steers else most
+    return min(_STEPS_TOGETHER, most) if host_steers else most
 
 
 @struct.dataclass

@@ -195,6 +195,11 @@ class PrefillRun:
         return [Computed(mask, _first_number(covered[:, line])) for line, mask in enumerate(masks)]
 
 
+def _signal_at(requests: Sequence[RequestPlan], layer: int) -> str | None:
+    """The name of the signal by which these requests leave rows out from this layer on."""
+    return next(phase.signal for phase in requests[0].phases[1:] if phase.start == layer)
+
+
 def _first_number(values: Float[np.ndarray, "_"]) -> float | None:
     return next((float(value) for value in values if not np.isnan(value)), None)
 
@@ -411,6 +416,14 @@ class Runner:
         self.store, run.state, logits = self._run(prefill, *about, **static)
         return logits
 
+    def asks_nothing(self, requests: Sequence[RequestPlan]) -> bool:
+        """Whether all layers of a prefill are on their way at once, since nothing is asked of the host between them."""
+        if not self.host_steers:
+            return True
+        first, rows = last_choice(requests, self.model.num_layers)
+        asks = first is not None and (first > 0 or _signal_at(requests, first) not in CROSSED_ALONE)
+        return self._goes_at_once(first, rows) and not asks
+
     def _goes_at_once(self, first: int | None, rows: int) -> bool:
         """Whether rows that are left out no more, from a layer on, should go through the layers chunk by chunk.
 
@@ -429,7 +442,7 @@ class Runner:
 
     def _run_to_choice(self, run: PrefillRun, first: int) -> None:
         """Dispatch the layers before `first`, and the choice of rows for that one, which is the last."""
-        signal = next(phase.signal for phase in run.requests[0].phases[1:] if phase.start == first)
+        signal = _signal_at(run.requests, first)
         if signal not in CROSSED_ALONE:
             self._run_layers(run, first, crossing=True)
             return

@@ -110,6 +110,18 @@ class Dispatch(NamedTuple):
         return [self.batch.sequences[slot] for slot in self.batch.live]
 
 
+class _SentPrefill(NamedTuple):
+    """A prefill that was sent behind a decode dispatch.
+
+    Attributes:
+      stages: what it prefills.
+      run: all of its layers are on their way; or why it could not be sent.
+    """
+
+    stages: list[RequestPlan]
+    run: PrefillRun | Exception
+
+
 class Prefilled(NamedTuple):
     """What came of a plan.
 
@@ -140,6 +152,7 @@ class Execution:
         self._fetched = 0.0  # `time.perf_counter()` when the last tokens came
         self._runner = runner
         self._kept: _Kept | None = None
+        self._sent: _SentPrefill | None = None
 
     # Decode -------------------------------------------------------------------------------------------------
 
@@ -217,7 +230,7 @@ class Execution:
         try:
             sampled = self._finished(dispatch)
         except Exception:
-            self._kept = self.ahead = None  # they came out of the same dispatch
+            self._kept = self.ahead = self._sent = None  # they came out of the same dispatch
             raise
         began, self._fetched = self._began(dispatch), time.perf_counter()
         self.step_seconds = (self._fetched - began) / dispatch.steps
@@ -244,15 +257,48 @@ class Execution:
 
     # Prefill ------------------------------------------------------------------------------------------------
 
+    def can_send_behind(self, dispatch: Dispatch, sequences: list[Sequence]) -> bool:
+        """Whether the next stages of these can be sent as one plan before the tokens of a dispatch are known.
+
+        Not if the tokens would come later for it: where the host is asked something between two layers or two tokens,
+        and where a part of what is reused has still to come.
+        """
+        stages = [sequence.stages[0] for sequence in sequences]
+        if not isinstance(dispatch.sampled, Sampled) or any(stage.probe is not None for stage in stages):
+            return False
+        is_begun = any(sequence.late is not None or sequence.run is not None for sequence in sequences)
+        return not is_begun and self._runner.asks_nothing(stages)
+
+    def send_prefill(self, sequences: list[Sequence]) -> None:
+        """Send the next stages of these, which can be sent behind the dispatch that is under way. `prefill` goes on
+        from there, and raises the error if this fails."""
+        stages = [sequence.stages[0] for sequence in sequences]
+        try:
+            run = self._begin(sequences)
+            self._runner.advance(run)
+            self._sent = _SentPrefill(stages, run)
+        except Exception as error:
+            self._sent = _SentPrefill(stages, error)
+
+    def _take_sent(self, sequences: list[Sequence]) -> PrefillRun | None:
+        """The run of these stages, if it was sent. Raises why it could not be."""
+        sent, self._sent = self._sent, None
+        if sent is None or sent.stages != [sequence.stages[0] for sequence in sequences]:
+            return None
+        if isinstance(sent.run, Exception):
+            raise sent.run
+        return sent.run
+
     def prefill(self, sequences: list[Sequence], layers: int | None = None) -> Prefilled | None:
         """Run the next stage of each sequence in one plan, or the next `layers` of it. None while layers are left.
 
         What fails on the device raises here: the logits behind chunks are looked at too, and a plan that rests between
         two layers is waited for.
         """
-        run = sequences[0].run or self._begin(sequences)
+        run = sequences[0].run or self._take_sent(sequences) or self._begin(sequences)
         assert isinstance(run, PrefillRun)
-        self._runner.advance(run, layers)
+        if not run.done:
+            self._runner.advance(run, layers)
         if self._rests(run, sequences):
             return None
         assert run.logits is not None

@@ -4,7 +4,7 @@ One round, `Loop.step`:
 
     take in      new sequences, cancellations, rounds whose members are there
     schedule     who decodes, and how many tokens; while the device decodes, who is admitted and what is prefilled
-    send ahead   the next decode dispatch, where the tokens of this one cannot change what is done next
+    send ahead   what comes behind this decode dispatch, where its tokens cannot change that: the next one, or a prefill
     run          the decode dispatch, then at most one prefill plan or probe, or a few layers of one
     postprocess  new tokens, ends, what others can find from now on; who was probed waits again, with an excerpt
     report       news to the listeners
@@ -274,15 +274,22 @@ class Loop:
         decode = self._next_decode()
         prefill = self.policy.prefill_batch()  # while the device decodes
         self._send_ahead(decode, prefill)
+        prefill = self._with_newcomers(prefill)
+        self._send_prefill(decode, prefill)
         self._finish_decode(decode)
-        if self._inbox and not prefill.sequences and self._execution.ahead is None:
-            self._take_in()  # who came while the device decoded need not wait for another dispatch
-            prefill = self.policy.prefill_batch()
+        prefill = self._with_newcomers(prefill)
         self._prefill(prefill)
         idle = decode is None and not prefill.sequences
         self._move_blocks(idle=idle)
         if idle:
             self._wait_for_rounds()
+
+    def _with_newcomers(self, prefill: PrefillBatch) -> PrefillBatch:
+        """If there is none: what is prefilled for those who came meanwhile. They need not wait for another dispatch."""
+        if not self._inbox or prefill.sequences or self._execution.ahead is not None:
+            return prefill
+        self._take_in()
+        return self.policy.prefill_batch()
 
     def complete(self, sequences: Several[Sequence]) -> None:
         """Put sequences in line and step until they are done; whatever else is in line goes on too.
@@ -499,6 +506,14 @@ class Loop:
                 self._take(sequence, sampled, slot)
 
     # Prefill ------------------------------------------------------------------------------------------------
+
+    def _send_prefill(self, decode: Dispatch | None, batch: PrefillBatch) -> None:
+        """Send a plan before the host has seen the tokens in front of it, so that the device need not wait while the
+        host lays it out and launches it."""
+        if decode is None or not batch.sequences or batch.layers is not None:
+            return
+        if self._execution.can_send_behind(decode, batch.sequences):
+            self._execution.send_prefill(batch.sequences)
 
     def _prefill(self, batch: PrefillBatch) -> None:
         """Run the plan, or some layers of it, for those who still hold their pages: the decode may have lost them."""

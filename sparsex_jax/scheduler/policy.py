@@ -26,7 +26,6 @@ from typing import NamedTuple
 import numpy as np
 
 from sparsex_jax.config import EngineConfig, ReuseConfig
-from sparsex_jax.device.decode import FEW_STEPS
 from sparsex_jax.errors import InvalidRequestError, NoRoomError, StoreFullError
 from sparsex_jax.reuse.planner import Shapes
 from sparsex_jax.scheduler.admission import Admission
@@ -35,8 +34,13 @@ from sparsex_jax.scheduler.rounds import all_of_one
 from sparsex_jax.scheduler.sequence import Sequence, State
 from sparsex_jax.scheduler.sharing import Offer
 
-# A dispatch of more than FEW_STEPS tokens should not take longer: who comes meanwhile waits for its end. It matters on
-# slow devices.
+# Tokens that a dispatch has at most where somebody waits for its end, or may.
+FEW_STEPS = 4
+# Where half as many take a device so long, they will do: by then the host has handled those before them, and sent the
+# next. A request that comes meanwhile waits half as long.
+LONG_SECONDS = 0.008
+# A dispatch of more than few tokens should not take longer: who comes meanwhile waits for its end. It matters on slow
+# devices.
 MOST_SECONDS = 0.2
 # What the host does for 64 sequences between two dispatches takes about so long (`scripts/bench_host.py`). Where few
 # tokens take a device longer, they are sent for before the host has seen those before them. Where they do not, it is
@@ -64,6 +68,11 @@ class PrefillBatch(NamedTuple):
 
     sequences: list[Sequence]
     layers: int | None
+
+
+def few_steps(most: int) -> int:
+    """Tokens of a dispatch whose end somebody waits for, or may. A dispatch has `most` at most."""
+    return min(FEW_STEPS, most)
 
 
 class Policy:
@@ -121,7 +130,7 @@ class Policy:
         the next ones are sent for meanwhile."""
         most = self._config.decode_steps
         if self._is_near or step_seconds * most > MOST_SECONDS or self._hides_a_round(step_seconds):
-            return self._few_steps
+            return self._few_steps(step_seconds)
         return most
 
     @property
@@ -131,12 +140,13 @@ class Policy:
         found = free and any(self._may_find_pages(one) for one in self.waiting)
         return found or bool(self.of_state(State.PREFILLING))
 
-    @property
-    def _few_steps(self) -> int:
-        return min(FEW_STEPS, self._config.decode_steps)
+    def _few_steps(self, step_seconds: float) -> int:
+        few = few_steps(self._config.decode_steps)
+        half = -(-few // 2)
+        return half if step_seconds * half >= LONG_SECONDS else few
 
     def _hides_a_round(self, step_seconds: float) -> bool:
-        return step_seconds * self._few_steps >= ROUND_SECONDS
+        return step_seconds * self._few_steps(step_seconds) >= ROUND_SECONDS
 
     def steps_ahead(self, sequences: list[Sequence], behind: int, step_seconds: float) -> int:
         """How many tokens a dispatch has that is sent before the host knows up to `behind` tokens of its sequences. All
@@ -144,7 +154,7 @@ class Policy:
 
         Few, because who comes from now on waits for all of them; who waits already should not.
         """
-        steps = self._few_steps
+        steps = self._few_steps(step_seconds)
         if not self._hides_a_round(step_seconds) or self._is_near or sequences != self.of_state(State.DECODING):
             return 0
         if any(one.suspect or one.cancelled for one in sequences):

@@ -49,6 +49,7 @@ from sparsex_jax.reuse.prompt import PromptMap, TokenKind
 from sparsex_jax.scheduler.constrained import ConstrainedDecode
 from sparsex_jax.scheduler.helpers import Helpers, num_helpers, with_room
 from sparsex_jax.scheduler.loop import Loop
+from sparsex_jax.scheduler.policy import few_steps
 
 log = logging.getLogger(__name__)
 
@@ -233,7 +234,9 @@ def _decode(loop: Loop, number: int, wish: SamplingParams) -> None:
         slot = BatchSlot([0], [0], dataclasses.replace(wish, max_new_tokens=2), ends, pages, matcher)
         state = state_in([slot] * number, runner.shapes, runner.model.vocab_size)
         if matcher is None:
-            sampled = jax.device_get(runner.start_decode(state, runner.engine.decode_steps)[1])
+            most = runner.engine.decode_steps
+            for steps in {few_steps(most), most}:  # what they sample is joined from so many programs
+                sampled = jax.device_get(runner.start_decode(state, steps)[1])
         else:
             sampled = ConstrainedDecode(runner, state, [None] * number, 2).finish()[1]  # stand-ins are in no grammar
     if (sampled.token == NON_FINITE).any():

@@ -79,8 +79,8 @@ class Instant(Runner):
 
     dispatched = 0.0
 
-    def start_decode(self, state: DecodeState, steps: int) -> tuple[DecodeState, Sampled]:
-        state = _pass_on(self.params, self.place(state), self._numbers[steps])
+    def start_decode(self, state: DecodeState, steps: int, *first: Any) -> tuple[DecodeState, Sampled]:
+        state = _pass_on(self.params, self.place(state, *first), self._numbers[steps])
         self.dispatched = time.thread_time()
         tokens = np.full((len(state.token), self.engine.decode_steps), -1, np.int32)
         tokens[:, :steps] = _TOKENS.integers(3, self.model.vocab_size, (len(tokens), steps))
@@ -140,8 +140,8 @@ class Paced(Instant):
         self.clock, self.step_seconds, self.idle = Clock(), 0.0, list[float]()
         self._done_at = 0.0
 
-    def start_decode(self, state: DecodeState, steps: int) -> tuple[DecodeState, Sampled]:
-        state, sampled = super().start_decode(state, steps)
+    def start_decode(self, state: DecodeState, steps: int, *first: Any) -> tuple[DecodeState, Sampled]:
+        state, sampled = super().start_decode(state, steps, *first)
         now = self.clock.perf_counter()
         self.idle.append(max(now - self._done_at, 0) / steps)
         self._done_at = max(now, self._done_at) + steps * self.step_seconds

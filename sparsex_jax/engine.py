@@ -22,7 +22,7 @@ The way of `token_ids`, function by function:
                          Execution.start_decode
                            Runner.start_decode       decode: `write_kv`, `paged_attention`, sample_step
                          Policy.steps_ahead          whether the next dispatch needs what this one brings; if not,
-                         Execution.start_ahead       it is sent first
+                         Execution.start_ahead       it is sent first, and so is a prefill (`Execution.send_prefill`)
                          Loop._take                  Output.take: text; Admission.commit: others can find it
                          Loop._report                Event to the listener
       Generation                               Stream -> serving.openai

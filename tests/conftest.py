@@ -163,9 +163,9 @@ class SameShapes(Runner):
         super().__init__(model, self._shaped, params, mesh)
         self.engine = engine
 
-    def start_decode(self, state, steps):
+    def start_decode(self, *args):
         with self._as_shaped():
-            return super().start_decode(state, steps)
+            return super().start_decode(*args)
 
     def recover(self):
         with self._as_shaped():

@@ -33,6 +33,7 @@ from sparsex_jax.engine import _check_processes
 from sparsex_jax.reuse.planner import RequestPlan
 from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.reuse.schedule import Phase
+from sparsex_jax.scheduler import policy
 
 SECRET = b"only for this test"
 # A busy machine may leave a process without a turn for seconds, so that only tests of silence take it for an end soon.
@@ -403,6 +404,28 @@ def test_tiers_need_all_devices_in_one_process():
 
 
 # How groups end ---------------------------------------------------------------------------------------------
+
+
+def test_what_is_sent_before_tokens_are_seen_is_sent_to_all(pair, monkeypatch):
+    """Dispatches ahead, prefills behind them, and dispatches behind prefills."""
+    for name in ("ROUND_SECONDS", "LONG_SECONDS"):
+        monkeypatch.setattr(policy, name, 0.0)
+    leading, following, group = pair
+    prompts = np.random.default_rng(1).integers(1, 97, (3, 40)).tolist()
+
+    def answers(engine):
+        heard = []
+        for prompt in prompts:  # each comes while those before it decode
+            heard.append([])
+            engine.loop.submit(prompt, GREEDY, listener=heard[-1].append)
+            engine.loop.step()
+        run(engine.loop)
+        return [[token for event in one for token in event.token_ids] for one in heard]
+
+    alone = answers(tiny_engine())
+    assert answers(leading) == alone
+    same_stores(leading, following, group)
+    assert idle(leading)
 
 
 def test_a_group_ends_in_peace(pair):

@@ -1,5 +1,6 @@
 """Decode dispatches and prefills that are sent before the host has seen the tokens of the dispatch before."""
 
+import contextlib
 import dataclasses
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from test_engine_properties import EngineMachine
 
 from sparsex_jax import ReuseConfig, SamplingParams
+from sparsex_jax.device.runner import PrefillRun
 from sparsex_jax.device.sampling import Sampled
 from sparsex_jax.scheduler import loop, policy
 from sparsex_jax.scheduler.execution import Execution
@@ -43,8 +45,12 @@ def hear(loop, prompt, new=60, **options):
     return heard, loop.submit(prompt, sampling, **options)
 
 
+def answer_so_far(heard: list[Event]):
+    return [token for event in heard for token in event.token_ids]
+
+
 def answer(heard: list[Event]):
-    return [token for event in heard for token in event.token_ids], heard[-1].finish_reason
+    return answer_so_far(heard), heard[-1].finish_reason
 
 
 def watch(engine, monkeypatch):
@@ -96,6 +102,76 @@ def test_long_steps_are_sent_for_by_twos(ahead, monkeypatch):
     run(engine.loop)
     assert [len(event.token_ids) for event in heard] == [1, 2, 2, 2, 1]
     assert answer(heard) == answer(hear_alone(TEXT[:10], 8))
+
+
+def test_the_next_dispatch_is_sent_before_the_first_tokens_are_seen(ahead, monkeypatch):
+    """Those who decode already, and who is prefilled, decode together."""
+    engine = tiny_engine()
+    monkeypatch.setattr(policy, "LONG_SECONDS", 0.0)
+    heard = decoding(engine)
+    engine.loop.step()
+    late, _ = hear(engine.loop, TEXT[100:120], 8)
+    order = watch(engine, monkeypatch)
+    engine.loop.step()
+    assert order == ["prefill", "fetch", "send", "fetch"], "the tokens of those who decoded, and the first one"
+    assert len(engine.loop._execution.ahead.sequences) == 3
+    assert len(answer_so_far(late)) == 1
+    run(engine.loop)
+    assert answer(late) == answer(hear_alone(TEXT[100:120], 8))
+    assert [answer(one) for one in heard] == [answer(hear_alone(TEXT[20 * at : 20 * at + 10], 60)) for at in (0, 1)]
+    assert idle(engine)
+
+
+def test_a_first_token_that_ends_an_answer_is_the_last_one(ahead, monkeypatch):
+    """Tokens behind it are on their way when the host sees it."""
+    for long in (float("inf"), 0.0):
+        monkeypatch.setattr(policy, "LONG_SECONDS", long)
+        engine = engine_with_an_end()
+        heard = decoding(engine, 1)
+        first = engine.generate(TEXT[100:120], SamplingParams(max_new_tokens=1), reuse=FULL, keep=False).token_ids[0]
+        engine.loop.requests.end_tokens = (first,)
+        late, _ = hear(engine.loop, TEXT[100:120], sampling=SamplingParams(max_new_tokens=8))
+        run(engine.loop)
+        assert answer(late) == ([first], "stop")
+        assert answer(heard[0]) == answer(hear_alone(TEXT[:10], 60))
+        assert idle(engine)
+
+
+def test_penalties_count_a_first_token_that_the_host_has_not_seen(ahead, monkeypatch):
+    """It cannot come again."""
+    tokens = []
+    for long in (float("inf"), 0.0):
+        monkeypatch.setattr(policy, "LONG_SECONDS", long)
+        engine = tiny_engine()
+        decoding(engine, 1)
+        penalised = SamplingParams(max_new_tokens=12, presence_penalty=2.0, frequency_penalty=2.0, logprobs=1)
+        late, _ = hear(engine.loop, TEXT[100:120], sampling=penalised)
+        run(engine.loop)
+        tokens.append(answer(late))
+    assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize("loses", [False, True], ids=["prefill fails", "store is lost"])
+def test_what_stands_on_a_lost_prefill_is_dropped(ahead, monkeypatch, loses):
+    engine = tiny_engine()
+    monkeypatch.setattr(policy, "LONG_SECONDS", 0.0)
+    heard = decoding(engine)
+    late, _ = hear(engine.loop, TEXT[300:320], 20)
+    computed, failures = PrefillRun.computed, [RuntimeError("broken")]
+
+    def broken(run):
+        if failures:
+            assert engine.loop._execution.ahead is not None
+            if loses:
+                engine.runner.store.delete()
+            raise failures.pop()
+        return computed(run)
+
+    monkeypatch.setattr(PrefillRun, "computed", broken)
+    run(engine.loop)
+    assert answer(late) == ([], "error")
+    assert [answer(one) for one in heard] == [answer(hear_alone(TEXT[20 * at : 20 * at + 10], 60)) for at in (0, 1)]
+    assert idle(engine)
 
 
 def test_one_after_the_other_where_the_device_is_faster_than_the_host(monkeypatch):
@@ -236,7 +312,7 @@ def test_slots_of_ended_sequences_stay_until_fewer_slots_do(ahead, monkeypatch):
     expected = [answer(hear_alone(TEXT[at : at + 9], new)) for at, new in enumerate(lengths)]
     heard = [hear(engine.loop, TEXT[at : at + 9], new)[0] for at, new in enumerate(lengths)]
     sizes, send = [], engine.runner.start_decode
-    engine.runner.start_decode = lambda state, steps: sizes.append(len(state.token)) or send(state, steps)
+    engine.runner.start_decode = lambda state, *args: sizes.append(len(state.token)) or send(state, *args)
     run(engine.loop)
     assert [answer(one) for one in heard] == expected
     assert set(sizes) == {2, 4}, "of two slots one stays with the last sequence"
@@ -278,13 +354,13 @@ def test_a_dispatch_that_fails_ahead_ends_only_who_is_at_fault(ahead, loses, num
     heard = decoding(engine, number)
     send, calls = engine.runner.start_decode, []
 
-    def broken(state, steps):
-        calls.append(steps)
+    def broken(*args):
+        calls.append(args)
         if len(calls) == 1:
             if loses:
                 engine.runner.store.delete()
             raise RuntimeError("broken")
-        return send(state, steps)
+        return send(*args)
 
     engine.runner.start_decode = broken
     run(engine.loop)
@@ -433,13 +509,25 @@ def step(loop, now, cancels):
     assert ahead is None or all(one.state in (State.DECODING, State.FINISHED) for one in ahead.batch.sequences)
 
 
-def check_against_one_after_the_other(traffic, pages):
+@contextlib.contextmanager
+def order(round_seconds, long_seconds, sends_prefills):
+    """The loop within sends what it may before it has seen what is in front of it, or nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy, "ROUND_SECONDS", round_seconds)
+        patch.setattr(policy, "LONG_SECONDS", long_seconds)
+        if not sends_prefills:
+            patch.setattr(Execution, "can_send", lambda *_: False)
+        yield
+
+
+NEVER = float("inf")
+ORDERS = {"one after the other": (NEVER, NEVER, False), "ahead": (0.0, NEVER, True), "long steps": (0.0, 0.0, True)}
+
+
+def check_against_one_after_the_other(traffic, pages, name):
     results = []
-    for seconds in (0.0, float("inf")):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(policy, "ROUND_SECONDS", seconds)
-            if seconds:
-                patch.setattr(Execution, "can_send_behind", lambda *_: False)
+    for each in (name, "one after the other"):
+        with order(*ORDERS[each]):
             results.append(lives(engine_with_an_end(store_tokens=pages * 16, decode_steps=4), traffic))
     for request, one, other in zip(traffic, *results, strict=True):
         tokens, expected = (answer(heard)[0] for heard in (one, other))
@@ -453,27 +541,30 @@ def check_against_one_after_the_other(traffic, pages):
 
 
 @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.lists(requests, min_size=1, max_size=7), st.sampled_from([12, 40]))
-def test_any_traffic_gets_what_it_gets_one_after_the_other(traffic, pages):
-    check_against_one_after_the_other(traffic, pages)
+@given(st.lists(requests, min_size=1, max_size=7), st.sampled_from([12, 40]), st.sampled_from(["ahead", "long steps"]))
+def test_any_traffic_gets_what_it_gets_one_after_the_other(traffic, pages, name):
+    check_against_one_after_the_other(traffic, pages, name)
 
 
 @pytest.mark.slow
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.lists(requests, min_size=1, max_size=12), st.sampled_from([8, 12, 40]))
-def test_much_traffic_gets_what_it_gets_one_after_the_other(traffic, pages):
-    check_against_one_after_the_other(traffic, pages)
+@given(
+    st.lists(requests, min_size=1, max_size=12), st.sampled_from([8, 12, 40]), st.sampled_from(["ahead", "long steps"])
+)
+def test_much_traffic_gets_what_it_gets_one_after_the_other(traffic, pages, name):
+    check_against_one_after_the_other(traffic, pages, name)
 
 
 class ManyLivesAhead(EngineMachine):
     """Any life of an engine that sends ahead: what is stored is what is claimed."""
 
     def __init__(self):
-        self._before, policy.ROUND_SECONDS = policy.ROUND_SECONDS, 0.0
+        self._order = contextlib.ExitStack()
+        self._order.enter_context(order(*ORDERS["long steps"]))
         super().__init__()
 
     def teardown(self):
-        policy.ROUND_SECONDS = self._before
+        self._order.close()
         super().teardown()
 
 

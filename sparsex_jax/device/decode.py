@@ -129,7 +129,11 @@ def _running_if(goes_on: Array, state: DecodeState) -> DecodeState:
 
 
 def _first_if(goes_on: Array, after: DecodeState, before: DecodeState) -> DecodeState:
-    """The state after a step, or that before one which ran on no request: it counted no token."""
+    """The state after a step, or that before it where no request ran, or not this one: it counted no token.
+
+    Args:
+      goes_on: bool, `[]` or `[requests]`.
+    """
     names = ("token", "position", "remaining")
     chosen: dict[str, Any] = {name: jnp.where(goes_on, getattr(after, name), getattr(before, name)) for name in names}
     return dataclasses.replace(after, **chosen)
@@ -152,6 +156,17 @@ def choose(
     sampled = sample_step(scores, dataclasses.replace(state.sampling, allowed=allowed), state.position + 1)
     token = jnp.where(state.position >= 0, sampled.token[:, 0], -1)
     return advance(state, token), dataclasses.replace(sampled, token=token[:, None])
+
+
+def behind_prefill(state: DecodeState, first: Int[Array, "lines 1"], line: Int[Anywhere, "requests"]) -> DecodeState:
+    """The state once those requests have their first tokens that a prefill gives them.
+
+    Args:
+      first: what was sampled behind the prefill.
+      line: where each request's token is in it; -1: its last token is in the state.
+    """
+    gets = jnp.asarray(line) >= 0
+    return _first_if(gets, advance(state, jnp.where(gets, first[line, 0], -1)), state)
 
 
 def advance(state: DecodeState, token: Int[Array, "requests"]) -> DecodeState:

@@ -33,6 +33,7 @@ from sparsex_jax.device.ahead import Ahead, Key, key_of
 from sparsex_jax.device.arrivals import Arrivals, Late
 from sparsex_jax.device.decode import (
     DecodeState,
+    behind_prefill,
     choose,
     decode,
     decode_in_graphs,
@@ -82,14 +83,15 @@ _PAGES_LOOKED_AT = 16  # together, so that one program does for any number
 _PROBES_TOGETHER = 4
 
 
-@jax.jit
-def _sample_step(logits: Float[Array, "requests vocab"], wanted: Packed[tuple[Sampling, Any]]) -> Sampled:
-    return sample_step(logits, *wanted.tree())
+@functools.partial(jax.jit, static_argnames="ops")
+def _sample_step(logits: Float[Array, "requests vocab"], wanted: Packed[tuple[Sampling, Any]], *, ops: Ops) -> Sampled:
+    return ops.replicated(sample_step(logits, *wanted.tree()))
 
 
 @functools.partial(jax.jit, static_argnames="ops")
-def _unpacked[Tree](tree: Packed[Tree], *, ops: Ops) -> Tree:
-    return ops.replicated(tree.tree())
+def _unpacked(sent: Packed[tuple[DecodeState, Any]], first: Int[Array, "lines 1"], *, ops: Ops) -> DecodeState:
+    state, line = sent.tree()
+    return ops.replicated(behind_prefill(state, first, line))
 
 
 @jax.jit
@@ -304,6 +306,7 @@ class Runner:
         most = max(model.num_layers, engine.decode_steps, rows, self.shapes.max_requests)
         self._numbers: list[Any] = self._placed([np.int32(number) for number in range(most + 1)])
         self._flags = self._placed([np.bool_(False), np.bool_(True)])
+        self._no_first: Any = self._placed(np.full((self.shapes.max_requests, 1), -1, np.int32))
         self._probed_together: set[tuple[int, int]] = set()
         self._ahead: Ahead | None = None
         self._found: dict[Key, jax.stages.Compiled] = {}
@@ -577,8 +580,12 @@ class Runner:
     def first_tokens(
         self, logits: Float[Array, "requests vocab"], sampling: Sampling, position: Int[np.ndarray, "requests"]
     ) -> Sampled:
-        """Sample from prefill logits the tokens that will stand at these positions: one step, on the host."""
-        return jax.device_get(_sample_step(logits, self._sent((sampling, position))))
+        """Sample from prefill logits the tokens that will stand at these positions: one step. Does not wait for the
+        device."""
+        sampled = _sample_step(logits, self._sent((sampling, position)), ops=self.decoder.ops)
+        for array in jax.tree.leaves(sampled):
+            array.copy_to_host_async()
+        return sampled
 
     @relayed
     def score(self, run: PrefillRun, following: Sequence[Int[np.ndarray, "_"]], number: int) -> list[Scores]:
@@ -626,12 +633,23 @@ class Runner:
         return np.concatenate([np.ones((0, self.engine.page_size), bool), *finite])[: len(pages)]
 
     @relayed
-    def start_decode(self, state: DecodeState, steps: int) -> tuple[DecodeState, Sampled]:
+    def start_decode(
+        self,
+        state: DecodeState,
+        steps: int,
+        first: Sampled | None = None,
+        line: Int[np.ndarray, "requests"] | None = None,
+    ) -> tuple[DecodeState, Sampled]:
         """Up to `steps` tokens for each sequence of the state, at most the engine's `decode_steps`; -1 behind a
-        sequence's end. Does not wait for the device."""
+        sequence's end. Does not wait for the device.
+
+        Args:
+          first: what `first_tokens` gave, if some sequences get the token from there that stands in front of these.
+          line: theirs in it, as `decode.behind_prefill` has it.
+        """
         most, parts = self.engine.decode_steps, []
         together = steps_together(most, host_steers=self.host_steers)
-        state = self.place(state)
+        state = self.place(state, first, line)
         for begun in range(0, min(steps, most), together):
             state, sampled = self._decode(state, min(steps - begun, together), together)
             parts.append(sampled)
@@ -672,16 +690,20 @@ class Runner:
         tables = page_tables(pages, *state.page_tables.shape)
         return dataclasses.replace(state, page_tables=self._placed(tables))
 
-    def place(self, state: DecodeState) -> DecodeState:
+    def place(
+        self, state: DecodeState, first: Sampled | None = None, line: Int[np.ndarray, "requests"] | None = None
+    ) -> DecodeState:
         """A state on the devices. It comes from the host, or from the dispatch before: placed alike, both run the same
-        program.
+        program. Arguments as `start_decode`.
 
         Where all of it is placed already, nothing is done: to find that out by `device_put` takes the host 1 ms.
         """
         if isinstance(state.token, np.ndarray):
             sampling = state.sampling.decided() if self.host_steers else state.sampling
-            sent = self._sent(dataclasses.replace(state, sampling=sampling))
-            state = self._call(_unpacked, sent, ops=self.decoder.ops)
+            line = np.full(len(state.token), -1, np.int32) if line is None else line
+            sent = self._sent((dataclasses.replace(state, sampling=sampling), line))
+            token = self._no_first if first is None else first.token
+            state = self._call(_unpacked, sent, token, ops=self.decoder.ops)
         is_placed = all(array.sharding == self._everywhere for array in jax.tree.leaves(state))
         return state if is_placed else self._placed(state)
 

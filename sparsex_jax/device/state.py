@@ -125,7 +125,8 @@ def decode_state(
     """The state in which each sequence continues behind its last token, padded to a power of two of slots.
 
     Args:
-      slots: every sequence has one new token at least; its KV is not in the store yet.
+      slots: the last token of every sequence is a new one, whose KV is not in the store yet. Where there is none, it
+        comes by `decode.behind_prefill`.
       max_pages: width of the page tables.
       adapters: whether the engine has slots for adapters.
       multiple: as in `batch_slots`.
@@ -136,7 +137,7 @@ def decode_state(
     for number, slot in enumerate(slots):
         stops[number, : len(slot.end_tokens)] = slot.end_tokens
     progress: dict[str, Any] = {
-        "token": _padded([slot.answer[-1] for slot in slots], size, 0),
+        "token": _padded([slot.answer[-1] if slot.answer else 0 for slot in slots], size, 0),
         "position": _padded([slot.length - 1 for slot in slots], size, -1),
         "remaining": _padded([slot.sampling.max_new_tokens - len(slot.answer) for slot in slots], size, 0),
     }

@@ -20,7 +20,7 @@ from sparsex_jax.cache.derived import Derived
 from sparsex_jax.cache.mirrors import Packing
 from sparsex_jax.device.decode import DecodeState
 from sparsex_jax.device.runner import PrefillRun, ProbeRun
-from sparsex_jax.device.sampling import Adjustment, Sampling
+from sparsex_jax.device.sampling import Adjustment, Sampled, Sampling
 from sparsex_jax.model.adapters import AdapterWeights, Pair
 from sparsex_jax.reuse.adapters import Acting
 from sparsex_jax.reuse.excerpt import Probe
@@ -63,7 +63,7 @@ class Reference(NamedTuple):
 
 def is_kept(value: Any) -> bool:
     """Whether it lives on the devices of each process, and is known by the call that returned it."""
-    return isinstance(value, (PrefillRun, ProbeRun, DecodeState, Array))
+    return isinstance(value, (PrefillRun, ProbeRun, DecodeState, Sampled, Array))
 
 
 def kept_of(call: int, result: Any) -> dict[Reference, Any]:

@@ -111,15 +111,19 @@ class Dispatch(NamedTuple):
 
 
 class _SentPrefill(NamedTuple):
-    """A prefill that was sent behind a decode dispatch.
+    """A prefill all layers of which are on their way, and the first tokens behind it.
 
     Attributes:
-      stages: what it prefills.
-      run: all of its layers are on their way; or why it could not be sent.
+      sequences: whose it is.
+      stages: what it prefills of each.
+      run: the prefill; or why it could not be sent.
+      first: the token behind each sequence's stage, a line for each; None: no sequence wants one.
     """
 
+    sequences: list[Sequence]
     stages: list[RequestPlan]
     run: PrefillRun | Exception
+    first: Sampled | None
 
 
 class Prefilled(NamedTuple):
@@ -197,18 +201,38 @@ class Execution:
         batch = dispatch.batch.behind(dispatch.steps)
         self.ahead = self._dispatched(batch, steps, functools.partial(self._grown, kept, batch))
 
-    def _dispatched(self, batch: Batch, steps: int, state: Callable[[], DecodeState]) -> Dispatch:
+    def start_behind(self, sequences: list[Sequence], steps: int) -> None:
+        """Dispatch `steps` tokens for each sequence behind the prefill that was sent, which gives some of them the one
+        in front of those. All have pages, and none has a structure."""
+        sent = self._sent
+        if sent is None or sent.first is None:  # it could not be sent
+            return
+        line = [sent.sequences.index(one) if one in sent.sequences else -1 for one in sequences]
+        now = Batch.of(sequences)
+        batch = now._replace(tokens=[number + (at >= 0) for number, at in zip(now.tokens, line, strict=True)])
+        self.ahead = self._dispatched(batch, steps, functools.partial(self._made_anew, batch), (sent.first, line))
+
+    def _dispatched(
+        self, batch: Batch, steps: int, state: Callable[[], DecodeState], first: tuple[Sampled, list[int]] | None = None
+    ) -> Dispatch:
         started, self._kept = time.perf_counter(), None
         try:
-            return Dispatch(batch, steps, self._dispatch(batch, steps, state()), started)
+            return Dispatch(batch, steps, self._dispatch(batch, steps, state(), first), started)
         except Exception as error:
             return Dispatch(batch, steps, error, started)
 
-    def _dispatch(self, batch: Batch, steps: int, state: DecodeState) -> Sampled | ConstrainedDecode:
+    def _dispatch(
+        self, batch: Batch, steps: int, state: DecodeState, first: tuple[Sampled, list[int]] | None
+    ) -> Sampled | ConstrainedDecode:
         matchers = [sequence.output.matcher for sequence in batch.sequences]
         if any(matchers):
             return ConstrainedDecode(self._runner, state, matchers, steps)
-        state, sampled = self._runner.start_decode(state, steps)
+        if first is None:
+            state, sampled = self._runner.start_decode(state, steps)
+        else:
+            line = np.full(len(state.token), -1, np.int32)
+            line[: len(first[1])] = first[1]
+            state, sampled = self._runner.start_decode(state, steps, first[0], line)
         self._kept = _Kept.of(state, batch.behind(steps))
         return sampled
 
@@ -217,6 +241,9 @@ class Execution:
         tables alone are made anew; where one came or went, all of it is, of what the host knows."""
         if kept is not None and kept.is_of(batch):
             return self._grown(kept, batch)
+        return self._made_anew(batch)
+
+    def _made_anew(self, batch: Batch) -> DecodeState:
         return state_in(_slots(batch.sequences), self._runner.shapes, self._runner.model.vocab_size)
 
     def _grown(self, kept: _Kept, batch: Batch) -> DecodeState:
@@ -257,45 +284,61 @@ class Execution:
 
     # Prefill ------------------------------------------------------------------------------------------------
 
-    def can_send_behind(self, dispatch: Dispatch, sequences: list[Sequence]) -> bool:
-        """Whether the next stages of these can be sent as one plan before the tokens of a dispatch are known.
+    def can_send(self, sequences: list[Sequence], dispatch: Dispatch | None = None) -> bool:
+        """Whether the next stages of these can be sent as one plan, also before the tokens of a dispatch are known.
 
         Not if the tokens would come later for it: where the host is asked something between two layers or two tokens,
         and where a part of what is reused has still to come.
         """
         stages = [sequence.stages[0] for sequence in sequences]
-        if not isinstance(dispatch.sampled, Sampled) or any(stage.probe is not None for stage in stages):
+        steers = dispatch is not None and not isinstance(dispatch.sampled, Sampled)
+        if steers or any(stage.probe is not None for stage in stages):
             return False
         is_begun = any(sequence.late is not None or sequence.run is not None for sequence in sequences)
         return not is_begun and self._runner.asks_nothing(stages)
 
+    def can_follow_prefill(self, sequences: list[Sequence]) -> bool:
+        """Whether a decode dispatch may be sent before the results of a prefill are fetched: nothing else is asked of
+        the device for these, which would come behind the dispatch."""
+        return not any(one.copy_pages or one.scores or one.wants_logits_next for one in sequences)
+
     def send_prefill(self, sequences: list[Sequence]) -> None:
-        """Send the next stages of these, which can be sent behind the dispatch that is under way. `prefill` goes on
-        from there, and raises the error if this fails."""
+        """Send the next stages of these, which can be sent, unless they are on their way. `prefill` goes on from there,
+        and raises the error if this fails."""
         stages = [sequence.stages[0] for sequence in sequences]
+        if self._sent is not None and self._sent.stages == stages:
+            return
         try:
             run = self._begin(sequences)
             self._runner.advance(run)
-            self._sent = _SentPrefill(stages, run)
+            self._sent = _SentPrefill(sequences, stages, run, self._first_tokens(run, sequences))
         except Exception as error:
-            self._sent = _SentPrefill(stages, error)
+            self._sent = _SentPrefill(sequences, stages, error, None)
 
-    def _take_sent(self, sequences: list[Sequence]) -> PrefillRun | None:
-        """The run of these stages, if it was sent. Raises why it could not be."""
+    def _take_sent(self, sequences: list[Sequence]) -> _SentPrefill | None:
+        """These stages, if they were sent. Raises why they could not be."""
         sent, self._sent = self._sent, None
         if sent is None or sent.stages != [sequence.stages[0] for sequence in sequences]:
             return None
         if isinstance(sent.run, Exception):
             raise sent.run
-        return sent.run
+        return sent
 
     def prefill(self, sequences: list[Sequence], layers: int | None = None) -> Prefilled | None:
         """Run the next stage of each sequence in one plan, or the next `layers` of it. None while layers are left.
 
         What fails on the device raises here: the logits behind chunks are looked at too, and a plan that rests between
-        two layers is waited for.
+        two layers is waited for. What was sent behind the prefill is dropped then.
         """
-        run = sequences[0].run or self._take_sent(sequences) or self._begin(sequences)
+        try:
+            return self._prefill(sequences, layers)
+        except Exception:
+            self._kept = self.ahead = None
+            raise
+
+    def _prefill(self, sequences: list[Sequence], layers: int | None) -> Prefilled | None:
+        sent = self._take_sent(sequences)
+        run = sent.run if sent else sequences[0].run or self._begin(sequences)
         assert isinstance(run, PrefillRun)
         if not run.done:
             self._runner.advance(run, layers)
@@ -309,8 +352,9 @@ class Execution:
             for slot, one in enumerate(sequences)
             if one.wants_logits_next
         }
-        wanted = any(len(one.stages) == 1 and one.output.max_new_tokens for one in sequences)
-        sampled = self._first_tokens(run.logits, sequences) if wanted else self._no_tokens(run.logits)
+        first = sent.first if sent else self._first_tokens(run, sequences)
+        sampled = self._no_tokens(run.logits) if first is None else jax.device_get(first)
+        self._fetched = time.perf_counter()
         return Prefilled(sampled, run.computed(), logits, self._scores(run, sequences))
 
     def _scores(self, run: PrefillRun, sequences: list[Sequence]) -> list[Scores] | None:
@@ -370,8 +414,12 @@ class Execution:
         finite = self._runner.are_finite(logits)
         return Sampled(np.where(finite, -1, NON_FINITE)[:, None].astype(np.int32), None)
 
-    def _first_tokens(self, logits: Array, sequences: list[Sequence]) -> Sampled:
-        """Sample the token behind each sequence's prompt and answer so far."""
+    def _first_tokens(self, run: PrefillRun, sequences: list[Sequence]) -> Sampled | None:
+        """The token behind each sequence's prompt and answer so far, on its way; None: no sequence wants one."""
+        if not any(len(one.stages) == 1 and one.output.max_new_tokens for one in sequences):
+            return None
+        logits = run.logits
+        assert logits is not None
         slots = [sequence.batch_slot for sequence in sequences]
         position = np.zeros(len(logits), np.int32)
         position[: len(slots)] = [slot.length for slot in slots]

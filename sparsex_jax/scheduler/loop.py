@@ -5,7 +5,8 @@ One round, `Loop.step`:
     take in      new sequences, cancellations, rounds whose members are there
     schedule     who decodes, and how many tokens; while the device decodes, who is admitted and what is prefilled
     send ahead   what comes behind this decode dispatch, where its tokens cannot change that: the next one, or a prefill
-    run          the decode dispatch, then at most one prefill plan or probe, or a few layers of one
+    run          the decode dispatch, then at most one prefill plan or probe, or a few layers of one; the next decode
+                 dispatch is sent before the first tokens of a prefill are here, where steps are long
     postprocess  new tokens, ends, what others can find from now on; who was probed waits again, with an excerpt
     report       news to the listeners
 
@@ -278,6 +279,7 @@ class Loop:
         self._send_prefill(decode, prefill)
         self._finish_decode(decode)
         prefill = self._with_newcomers(prefill)
+        self._send_behind(prefill)
         self._prefill(prefill)
         idle = decode is None and not prefill.sequences
         self._move_blocks(idle=idle)
@@ -512,8 +514,18 @@ class Loop:
         host lays it out and launches it."""
         if decode is None or not batch.sequences or batch.layers is not None:
             return
-        if self._execution.can_send_behind(decode, batch.sequences):
+        if self._execution.can_send(batch.sequences, decode):
             self._execution.send_prefill(batch.sequences)
+
+    def _send_behind(self, batch: PrefillBatch) -> None:
+        """Send the next decode dispatch before the first tokens of a prefill are fetched: the device knows them."""
+        sequences = [sequence for sequence in batch.sequences if sequence.state is State.PREFILLING]
+        if not sequences or batch.layers is not None or not self._execution.can_follow_prefill(sequences):
+            return
+        together, steps = self.policy.decode_behind(sequences, self._execution.step_seconds)
+        if together and self._execution.can_send(sequences):
+            self._execution.send_prefill(sequences)
+            self._execution.start_behind(together, steps)
 
     def _prefill(self, batch: PrefillBatch) -> None:
         """Run the plan, or some layers of it, for those who still hold their pages: the decode may have lost them."""

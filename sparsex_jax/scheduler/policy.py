@@ -164,6 +164,18 @@ class Policy:
         is_full = any(not self._may_find_pages(one) for one in self.waiting)
         return 0 if is_full or not self._admission.grow_together(sequences, behind + steps) else steps
 
+    def decode_behind(self, prefilled: Several[Sequence], step_seconds: float) -> tuple[list[Sequence], int]:
+        """Who decodes behind the next stages of these, and how many tokens, if that can be said before their first
+        tokens are known, and steps are so long that it pays. All have pages then. Nobody: it has to wait for those."""
+        steps = self._few_steps(step_seconds)
+        going_on = [one for one in prefilled if one.decodes_next]
+        together = [one for one in self.sequences if one.state is State.DECODING or one in going_on]
+        if not going_on or step_seconds * steps < LONG_SECONDS:
+            return [], 0
+        if any(one.suspect or one.cancelled or one.output.matcher for one in together):
+            return [], 0
+        return (together, steps) if self._admission.grow_together(together, 1 + steps) else ([], 0)
+
     def _grow(self, steps: int) -> None:
         """Take pages for the tokens to come, the oldest first. Where there are none, the youngest makes room.
 

@@ -442,6 +442,11 @@ class Sequence:
         there."""
         return self.wants_logits and len(self.stages) == 1 and not self.output.token_ids
 
+    @property
+    def decodes_next(self) -> bool:
+        """Whether it decodes once its next stage has run, unless the token behind that ends it."""
+        return len(self.stages) == 1 and self.output.max_new_tokens > len(self.output.token_ids) + 1
+
     def finish_stage(self, computed: Computed) -> None:
         """Its first stage has run.
 

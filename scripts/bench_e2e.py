@@ -183,7 +183,7 @@ def first_tokens(
     prompt = make_prompt(engine, length, segments, reused, work)
     full = None
     for name, reuse in asked.items():
-        milliseconds, report = time_to_first_token(engine, prompt, reuse, work, runs)
+        milliseconds, report = time_to_first_token(engine, prompt, reuse, work, runs, reused)
         full = full or milliseconds
         bound = full * flops_fraction(engine.model, reuse, report)
         predicted = predict(engine, prompt, reuse, work, report)
@@ -198,17 +198,33 @@ def first_token_behind_a_prefix(engine: Engine, length: int, reused: float, runs
     work, reuse = prefix_work(length, reused), ReuseConfig("prefix")
     prefix, prompt = prefix_and_prompt(engine.model.vocab_size, length, reused, work)
     remember_all(engine, [prefix], work)
-    milliseconds, report = time_to_first_token(engine, prompt, reuse, work, runs)
+    milliseconds, report = time_to_first_token(engine, prompt, reuse, work, runs, reused)
     predicted = predict(engine, prompt, reuse, work, report)
     return Row(work, "prefix", milliseconds, "ms", predicted=predicted, computed=report.computed_fraction)
 
 
+class EvictedError(RuntimeError):
+    """What a prompt was to find is not in the store any more: it is too small for the work."""
+
+
 def time_to_first_token(
-    engine: Engine, prompt: np.ndarray, reuse: ReuseConfig, namespace: str, runs: int
+    engine: Engine, prompt: np.ndarray, reuse: ReuseConfig, namespace: str, runs: int, reused: float
 ) -> tuple[float, Report]:
-    """The median of some runs behind one that may compile, in milliseconds, and the report of one of them."""
+    """The median of some runs behind one that may compile, in milliseconds, and the report of one of them.
+
+    Args:
+      reused: the share of the prompt that is stored.
+
+    Raises:
+      EvictedError: the method reuses, and in some run less than nine tenths of that were found.
+    """
     prefills = (engine.prefill(prompt, reuse=reuse, namespace=namespace, keep=False) for _ in range(runs + 1))
     _, *reports = (prefill.report for prefill in prefills)
+    fewest = min(report.prompt_tokens - report.fresh_tokens for report in reports)
+    if reuse.method != "full" and fewest < 0.9 * reused * len(prompt):
+        raise EvictedError(
+            f"{fewest} of the {reused * len(prompt):.0f} stored tokens were found; the store is too small"
+        )
     return 1e3 * statistics.median(report.ttft_s for report in reports), reports[0]
 
 

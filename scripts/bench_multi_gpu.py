@@ -44,6 +44,7 @@ import numpy as np
 from bench_decode import BESIDE, STEPS, Case, dispatch, kernel_times, state_of, step_milliseconds
 from bench_e2e import (
     FULL,
+    EvictedError,
     make_prompt,
     methods,
     prefix_and_prompt,
@@ -156,8 +157,9 @@ class Asked:
 
 
 def prefill_tokens(length: int) -> int:
-    """Tokens of the store for a prompt of this length, its segments, and those before it that may be evicted."""
-    return 2 * length + 8192
+    """Tokens of the store for a prompt of this length, its segments, its prefix, and those before it that may be
+    evicted."""
+    return 3 * length + 8192
 
 
 def decode_tokens(case: Case) -> int:
@@ -244,7 +246,10 @@ def compared(num_layers: int) -> dict[str, ReuseConfig]:
 
 def first_token(asked: Asked, engine: Engine, prompt: np.ndarray, reuse: ReuseConfig, named: tuple[str, str]) -> Row:
     work, name = named
-    milliseconds, _ = time_to_first_token(engine, prompt, reuse, work, asked.runs)
+    try:
+        milliseconds, _ = time_to_first_token(engine, prompt, reuse, work, asked.runs, REUSED)
+    except EvictedError as error:
+        return asked.row(work, name, None, "ms", why=str(error))
     run = functools.partial(engine.prefill, prompt, reuse=reuse, namespace=work, keep=False)
     return asked.row(work, name, milliseconds, "ms", all_reduces=all_reduce_milliseconds(asked, run))
 

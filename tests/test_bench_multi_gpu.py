@@ -5,7 +5,7 @@ import json
 
 import bench_multi_gpu
 import pytest
-from conftest import TINY
+from conftest import TINY, tiny_engine
 from views import VIEWS
 
 from sparsex_jax import Engine
@@ -145,6 +145,16 @@ def test_the_table_has_scaling_all_reduces_and_reasons(bench):
     assert "* Not measured on 1: decode, 64 x 8192: it does not fit" in text
 
 
+def test_a_prompt_whose_stored_text_was_evicted_is_told_and_not_measured(bench):
+    engine, length = tiny_engine(), 256
+    work = bench.prefix_work(length, bench.REUSED)
+    prompt = bench.stored_prompt(engine, length, work)
+    case, reuse = asked(bench), bench.ReuseConfig("prefix")
+    assert bench.first_token(case, engine, prompt, reuse, (work, "prefix")).figure > 0
+    row = bench.first_token(case, engine, prompt, reuse, ("a namespace without it", "prefix"))
+    assert (row.figure, row.why) == (None, "0 of the 243 stored tokens were found; the store is too small")
+
+
 @pytest.mark.slow
 def test_everything_is_measured_on_devices_that_share_the_model(bench, monkeypatch):
     model = dataclasses.replace(TINY, max_position=4096)
@@ -154,7 +164,7 @@ def test_everything_is_measured_on_devices_that_share_the_model(bench, monkeypat
 
     monkeypatch.setattr(bench, "named_config", lambda _: model)
     monkeypatch.setattr(bench, "make_engine", engine_of)
-    small = asked(bench, model="tiny", dtype="float32", devices=2, lengths=(256,))
+    small = asked(bench, model="tiny", dtype="float32", devices=2, lengths=(1024,))  # segments of 60
     figures = {(row.work, row.implementation): row.figure for row in bench.rows_of(small)}
     assert len(figures) == 5
     assert all(figure > 0 for figure in figures.values())

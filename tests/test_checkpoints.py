@@ -690,8 +690,11 @@ def test_a_conversion_is_to_floating_point(tmp_path, mesh, dtype):
 
 def test_a_conversion_to_below_a_file_is_refused_before_weights_are_read(tmp_path, mesh):
     (tmp_path / "note").touch()
-    with pytest.raises(InvalidRequestError, match=r"cannot be made: '.*note' is no directory"):
+    with pytest.raises(InvalidRequestError, match=r"cannot be made in '.*note': Not a directory"):
         convert("no such model", tmp_path / "note" / "a" / "b", "float32", mesh)
+    if Path("/proc/self").exists():
+        with pytest.raises(InvalidRequestError, match="target='/proc/new' cannot be made in '/proc': No such file"):
+            convert("no such model", "/proc/new", "float32", mesh)
 
 
 def test_failed_conversion_leaves_nothing(tmp_path, mesh):
@@ -700,7 +703,7 @@ def test_failed_conversion_leaves_nothing(tmp_path, mesh):
             raise OSError("disk full")
 
     source = open_checkpoint(GOLDEN / "llama")
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(InvalidRequestError, match="out' cannot be written: disk full"):
         save_checkpoint(tmp_path / "out", source.config, source.load_params("float32", mesh), Broken())
     assert not list(tmp_path.iterdir())
 

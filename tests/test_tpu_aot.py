@@ -158,6 +158,14 @@ def test_the_engine_compiles_without_a_copy_of_the_store(chip, num_devices, step
     assert not re.search(rf"= bf16\[{','.join(map(str, local))}\]\S* copy", compiled.as_text())
 
 
+@pytest.mark.parametrize("step", ["prefill", "decode, few words"])
+def test_the_engine_has_every_operation_for_tpus(step):
+    """To lower the steps takes seconds; the compiler takes minutes."""
+    text = STEPS[step](check_mesh(described_mesh(CHIPS["v6e"], 1), LLAMA)).as_text()
+    assert "paged_attention" in text
+    assert "tpu_custom_call" in text
+
+
 def test_spilling_needs_no_more_memory_than_its_pages():
     mesh = check_mesh(described_mesh(CHIPS["v5e"], 8), LLAMA)
     memory = aot.lower_gather(LLAMA, engine_for(mesh), mesh, 16).compile().memory_analysis()

@@ -98,7 +98,8 @@ class Backend:
     def order(self, operation: str) -> tuple[str, ...]:
         """Names of implementations in the order in which they are tried."""
         if self.preferred is not None:
-            return self.preferred
+            more = operation in FUSIONS and "xla" not in self.preferred
+            return (*self.preferred, "xla") if more else self.preferred
         return (*(name for name in self.kernels if name in VALIDATED[operation]), "xla")
 
     def passed_over(self, operation: str) -> tuple[str, ...]:
@@ -125,8 +126,8 @@ def prefer(*names: str) -> Iterator[None]:
 
     Operations that are called without a backend make theirs when they are traced; an engine makes its own once, when
     it is created, and does not look here again. Where `xla` is not among the names, an operation that none of them can
-    do raises `NotImplementedError`. The environment variable `SPARSEX_KERNELS`, names between commas, does the same
-    for the whole process.
+    do raises `NotImplementedError`, unless it is one of the `FUSIONS`. The environment variable `SPARSEX_KERNELS`,
+    names between commas, does the same for the whole process.
     """
     token = _preferred.set(names)
     try:

@@ -14,6 +14,7 @@ import functools
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -126,14 +127,16 @@ def check_target(path: Path) -> None:
     """Refuse a target that would be overwritten, or cannot be made.
 
     Raises:
-      InvalidRequestError: the path is a file or a directory that is not empty, or what is above it ends at a file or
-        at a directory that may not be written to.
+      InvalidRequestError: the path is a file or a directory that is not empty, or what is above it ends at something
+        in which no directory can be made.
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise InvalidRequestError(f"target={str(path)!r} exists and is not an empty directory; nothing is overwritten")
     above = next(each for each in path.absolute().parents if each.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise InvalidRequestError(f"target={str(path)!r} cannot be made: '{above}' is no directory, or is read-only")
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=above))
+    except OSError as error:
+        raise InvalidRequestError(f"target={str(path)!r} cannot be made in '{above}': {error.strerror}") from error
 
 
 def save_checkpoint(
@@ -153,15 +156,18 @@ def save_checkpoint(
       sampling: as `Checkpoint.sampling`.
 
     Raises:
-      InvalidRequestError: the target exists and is not an empty directory.
+      InvalidRequestError: the target exists and is not an empty directory, or it cannot be written.
     """
     target = Path(path).absolute()
     check_target(target)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         _write(partial, config, params, tokenizer, sampling or {})
         partial.rename(target)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise InvalidRequestError(f"target={str(path)!r} cannot be written: {error}") from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

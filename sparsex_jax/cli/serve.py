@@ -20,6 +20,7 @@ from sparsex_jax.distributed import Leader, leave
 from sparsex_jax.engine import Engine
 from sparsex_jax.errors import GroupError
 from sparsex_jax.scheduler import warmup
+from sparsex_jax.scheduler.helpers import asked_number
 from sparsex_jax.serving.access import Access, Limits
 from sparsex_jax.serving.app import create_app
 from sparsex_jax.serving.methods import Cors
@@ -46,6 +47,7 @@ def run(
 ) -> None:
     """Serve at these bound sockets until SIGTERM or SIGINT; or, in all processes but process 0, compute for it."""
     check_parser(reasoning_parser)
+    asked_number()  # whose error need not wait for the weights
     if callers.allow_adapter_updates and choice.max_adapters is None:
         choice = dataclasses.replace(choice, max_adapters=max(len(choice.adapters), _SPARE_ADAPTERS))
     if follows(choice):

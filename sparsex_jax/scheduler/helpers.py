@@ -79,21 +79,32 @@ class Share(NamedTuple):
     threads: int
 
 
+def asked_number() -> int | None:
+    """How many helpers the environment asks for. None: it does not say.
+
+    Raises InvalidRequestError if it has something else.
+    """
+    asked = os.environ.get(NUMBER)
+    if asked is None:
+        return None
+    is_number = asked.isdecimal() and len(asked) < 4 and int(asked) <= _MOST_ASKED
+    require(is_number, f"{NUMBER}={asked!r:.60} must be an integer from 0 to {_MOST_ASKED}")
+    return int(asked)
+
+
 def num_helpers(platform: str, most: int = _MOST) -> int:
     """How many there are on this host: as the environment says, or as its processors suggest. A TPU is one process's.
 
     Args:
       most: if the environment does not say.
 
-    Raises InvalidRequestError if the environment has something else.
+    Raises InvalidRequestError as `asked_number`.
     """
-    asked, processors = os.environ.get(NUMBER), num_processors()
+    asked, processors = asked_number(), num_processors()
     if platform == "tpu":
         return 0
     if asked is not None:
-        is_number = asked.isdecimal() and len(asked) < 4 and int(asked) <= _MOST_ASKED
-        require(is_number, f"{NUMBER}={asked!r:.60} must be an integer from 0 to {_MOST_ASKED}")
-        return int(asked)
+        return asked
     return min(processors // _PROCESSORS_EACH, _MOST, most) if processors >= _FEW_PROCESSORS else 0
 
 

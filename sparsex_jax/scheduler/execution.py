@@ -179,9 +179,11 @@ class Execution:
         if self._kept is None or not isinstance(dispatch.sampled, Sampled):
             return False
         batch, number = dispatch.batch, len(dispatch.batch.live)
-        slots = functools.partial(batch_slots, multiple=self._runner.shapes.row_multiple)
-        as_many = number > 0 and slots(number) == slots(len(batch.sequences))
+        as_many = number > 0 and self._num_slots(number) == self._num_slots(len(batch.sequences))
         return as_many and all(map(_ended_on_the_device, batch.ended))
+
+    def _num_slots(self, sequences: int) -> int:
+        return batch_slots(sequences, self._runner.shapes.row_multiple)
 
     def seconds_left(self, dispatch: Dispatch) -> float:
         """Until the tokens of a dispatch are there, if they take as long as those of the last one; 0 if they are."""
@@ -207,32 +209,30 @@ class Execution:
         sent = self._sent
         if sent is None or sent.first is None:  # it could not be sent
             return
-        line = [sent.sequences.index(one) if one in sent.sequences else -1 for one in sequences]
+        line = np.full(self._num_slots(len(sequences)), -1, np.int32)
+        line[: len(sequences)] = [sent.sequences.index(one) if one in sent.sequences else -1 for one in sequences]
         now = Batch.of(sequences)
-        batch = now._replace(tokens=[number + (at >= 0) for number, at in zip(now.tokens, line, strict=True)])
-        self.ahead = self._dispatched(batch, steps, functools.partial(self._made_anew, batch), (sent.first, line))
+        batch = now._replace(tokens=[number + int(at >= 0) for number, at in zip(now.tokens, line, strict=False)])
+        self.ahead = self._dispatched(batch, steps, functools.partial(self._made_anew, batch), sent.first, line)
 
-    def _dispatched(
-        self, batch: Batch, steps: int, state: Callable[[], DecodeState], first: tuple[Sampled, list[int]] | None = None
-    ) -> Dispatch:
+    def _dispatched(self, batch: Batch, steps: int, state: Callable[[], DecodeState], *first: Any) -> Dispatch:
+        """Arguments as `_dispatch`, the state once it is made."""
         started, self._kept = time.perf_counter(), None
         try:
-            return Dispatch(batch, steps, self._dispatch(batch, steps, state(), first), started)
+            return Dispatch(batch, steps, self._dispatch(batch, steps, state(), *first), started)
         except Exception as error:
             return Dispatch(batch, steps, error, started)
 
-    def _dispatch(
-        self, batch: Batch, steps: int, state: DecodeState, first: tuple[Sampled, list[int]] | None
-    ) -> Sampled | ConstrainedDecode:
+    def _dispatch(self, batch: Batch, steps: int, state: DecodeState, *first: Any) -> Sampled | ConstrainedDecode:
+        """Dispatch `steps` tokens, and keep the state behind them.
+
+        Args:
+          first: of `Runner.start_decode`, if the state lacks tokens.
+        """
         matchers = [sequence.output.matcher for sequence in batch.sequences]
         if any(matchers):
             return ConstrainedDecode(self._runner, state, matchers, steps)
-        if first is None:
-            state, sampled = self._runner.start_decode(state, steps)
-        else:
-            line = np.full(len(state.token), -1, np.int32)
-            line[: len(first[1])] = first[1]
-            state, sampled = self._runner.start_decode(state, steps, first[0], line)
+        state, sampled = self._runner.start_decode(state, steps, *first)
         self._kept = _Kept.of(state, batch.behind(steps))
         return sampled
 

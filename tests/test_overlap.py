@@ -122,6 +122,27 @@ def test_the_next_dispatch_is_sent_before_the_first_tokens_are_seen(ahead, monke
     assert idle(engine)
 
 
+def test_devices_that_the_host_steers_get_it_sent_early_too(ahead, monkeypatch):
+    """What is drawn from is decided on the host there, and dispatches are of a few short programs."""
+    monkeypatch.setattr(policy, "LONG_SECONDS", 0.0)
+    drawn = [SamplingParams(max_new_tokens=9, temperature=1.0, top_k=k, seed=k, ignore_eos=True) for k in (0, 5, 7)]
+
+    def answers(engine):
+        heard = []
+        for at, sampling in enumerate(drawn):
+            heard.append(hear(engine.loop, TEXT[50 * at : 50 * at + 30], sampling=sampling)[0])
+            engine.loop.step()
+        run(engine.loop)
+        assert idle(engine)
+        return [answer(one) for one in heard]
+
+    steered = tiny_engine()
+    steered.runner.host_steers = True
+    with order(*ORDERS["one after the other"]):
+        expected = answers(tiny_engine())
+    assert answers(steered) == expected
+
+
 def test_a_first_token_that_ends_an_answer_is_the_last_one(ahead, monkeypatch):
     """Tokens behind it are on their way when the host sees it."""
     for long in (float("inf"), 0.0):

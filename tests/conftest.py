@@ -81,7 +81,7 @@ def nothing_is_calibrated() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def nothing_is_sent_ahead() -> Iterator[None]:
+def speed_decides_nothing() -> Iterator[None]:
     """How many tokens a dispatch has does not depend on how fast the machine is. Tests of what is sent ahead say so."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sparsex_jax.scheduler.policy.ROUND_SECONDS", float("inf"))

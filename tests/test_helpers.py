@@ -204,7 +204,9 @@ def test_helpers_have_the_settings_of_the_process_not_of_the_thread_that_missed_
 
 
 @pytest.mark.parametrize(("number", "directory"), [("0", "new"), ("2", "file/new")])
-def test_nobody_helps_who_is_not_asked_or_could_leave_nothing(tmp_path, monkeypatch, number, directory, caplog):
+def test_there_are_no_helpers_if_none_are_asked_for_or_none_may_write_programs(
+    tmp_path, monkeypatch, number, directory, caplog
+):
     (tmp_path / "file").touch()
     monkeypatch.setenv(NUMBER, number)
     engine = Engine(TINY, tiny_params(), config=CONFIG)

@@ -79,6 +79,24 @@ def decoding(engine, number=2, new=60):
     raise AssertionError("nothing was sent ahead")
 
 
+def alone():
+    """What those get who are `decoding`, two of them."""
+    return [answer(hear_alone(TEXT[20 * at : 20 * at + 10], 60)) for at in (0, 1)]
+
+
+def lose_tokens(engine, monkeypatch):
+    """The next tokens cannot be fetched, and the store is lost with them."""
+    get, failures = jax.device_get, [RuntimeError("the device is gone")]
+
+    def fetch(tree):
+        if isinstance(tree, Sampled) and failures:
+            engine.runner.store.delete()
+            raise failures.pop()
+        return get(tree)
+
+    monkeypatch.setattr("sparsex_jax.scheduler.execution.jax.device_get", fetch)
+
+
 # The order --------------------------------------------------------------------------------------------------
 
 
@@ -95,7 +113,7 @@ def test_the_next_dispatch_is_sent_before_the_tokens_of_this_one_are_seen(ahead,
 
 
 def test_long_steps_are_sent_for_by_twos(ahead, monkeypatch):
-    """Who comes meanwhile waits for the end of a dispatch."""
+    """A request that comes meanwhile waits for the end of a dispatch."""
     engine = tiny_engine()
     monkeypatch.setattr(policy, "LONG_SECONDS", 0.0)
     heard, _ = hear(engine.loop, TEXT[:10], 8)
@@ -118,7 +136,7 @@ def test_the_next_dispatch_is_sent_before_the_first_tokens_are_seen(ahead, monke
     assert len(answer_so_far(late)) == 1
     run(engine.loop)
     assert answer(late) == answer(hear_alone(TEXT[100:120], 8))
-    assert [answer(one) for one in heard] == [answer(hear_alone(TEXT[20 * at : 20 * at + 10], 60)) for at in (0, 1)]
+    assert [answer(one) for one in heard] == alone()
     assert idle(engine)
 
 
@@ -191,7 +209,7 @@ def test_what_stands_on_a_lost_prefill_is_dropped(ahead, monkeypatch, loses):
     monkeypatch.setattr(PrefillRun, "computed", broken)
     run(engine.loop)
     assert answer(late) == ([], "error")
-    assert [answer(one) for one in heard] == [answer(hear_alone(TEXT[20 * at : 20 * at + 10], 60)) for at in (0, 1)]
+    assert [answer(one) for one in heard] == alone()
     assert idle(engine)
 
 
@@ -388,7 +406,7 @@ def test_a_dispatch_that_fails_ahead_ends_only_who_is_at_fault(ahead, loses, num
     if number == 1:
         assert [one[-1].finish_reason for one in heard] == ["error"]
     else:
-        assert [answer(one) for one in heard] == [answer(hear_alone(TEXT[20 * at : 20 * at + 10], 60)) for at in (0, 1)]
+        assert [answer(one) for one in heard] == alone()
     assert idle(engine)
 
 
@@ -396,19 +414,11 @@ def test_what_stands_on_a_lost_dispatch_is_dropped(ahead, monkeypatch):
     """The tokens of a dispatch cannot be had, and the one behind it is under way."""
     engine = tiny_engine()
     heard = decoding(engine)
-    get, failures = jax.device_get, [RuntimeError("the device is gone")]
-
-    def fetch(tree):
-        if isinstance(tree, Sampled) and failures:
-            engine.runner.store.delete()
-            raise failures.pop()
-        return get(tree)
-
-    monkeypatch.setattr("sparsex_jax.scheduler.execution.jax.device_get", fetch)
+    lose_tokens(engine, monkeypatch)
     engine.loop.step()
     assert engine.loop._execution.ahead is None
     run(engine.loop)
-    assert [answer(one) for one in heard] == [answer(hear_alone(TEXT[20 * at : 20 * at + 10], 60)) for at in (0, 1)]
+    assert [answer(one) for one in heard] == alone()
     assert idle(engine)
 
 
@@ -428,7 +438,7 @@ def test_a_prefill_that_cannot_be_sent_ends_only_who_is_at_fault(ahead, loses):
     late, _ = hear(engine.loop, TEXT[300:320], 20)
     run(engine.loop)
     assert answer(late) == ([], "error")
-    assert [answer(one) for one in heard] == [answer(hear_alone(TEXT[20 * at : 20 * at + 10], 60)) for at in (0, 1)]
+    assert [answer(one) for one in heard] == alone()
     assert idle(engine)
 
 
@@ -436,22 +446,13 @@ def test_a_prefill_behind_a_lost_dispatch_is_made_anew(ahead, monkeypatch):
     engine = tiny_engine()
     heard = decoding(engine)
     late, _ = hear(engine.loop, TEXT[300:320], 20)
-    get, failures = jax.device_get, [RuntimeError("the device is gone")]
-
-    def fetch(tree):
-        if isinstance(tree, Sampled) and failures:
-            engine.runner.store.delete()
-            raise failures.pop()
-        return get(tree)
-
-    monkeypatch.setattr("sparsex_jax.scheduler.execution.jax.device_get", fetch)
+    lose_tokens(engine, monkeypatch)
     order = watch(engine, monkeypatch)
     engine.loop.step()
     assert order[0] == "prefill"
-    monkeypatch.undo()
     run(engine.loop)
     assert answer(late) == answer(hear_alone(TEXT[300:320], 20))
-    assert [answer(one) for one in heard] == [answer(hear_alone(TEXT[20 * at : 20 * at + 10], 60)) for at in (0, 1)]
+    assert [answer(one) for one in heard] == alone()
     assert idle(engine)
 
 

@@ -165,11 +165,10 @@ def save_checkpoint(
         partial.mkdir(parents=True)
         _write(partial, config, params, tokenizer, sampling or {})
         partial.rename(target)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise InvalidRequestError(f"target={str(path)!r} cannot be written: {error}") from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise InvalidRequestError(f"target={str(path)!r} cannot be written: {error}") from error
         raise
 
 

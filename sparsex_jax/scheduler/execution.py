@@ -207,7 +207,7 @@ class Execution:
         """Dispatch `steps` tokens for each sequence behind the prefill that was sent, which gives some of them the one
         in front of those. All have pages, and none has a structure."""
         sent = self._sent
-        if sent is None or sent.first is None:  # it could not be sent
+        if sent is None or sent.first is None:  # it failed
             return
         line = np.full(self._num_slots(len(sequences)), -1, np.int32)
         line[: len(sequences)] = [sent.sequences.index(one) if one in sent.sequences else -1 for one in sequences]
@@ -284,7 +284,28 @@ class Execution:
 
     # Prefill ------------------------------------------------------------------------------------------------
 
-    def can_send(self, sequences: list[Sequence], dispatch: Dispatch | None = None) -> bool:
+    def can_follow_prefill(self, sequences: list[Sequence]) -> bool:
+        """Whether a decode dispatch may be sent before the results of a prefill are fetched: nothing else is asked of
+        the device for these, which would come behind the dispatch."""
+        return not any(one.copy_pages or one.scores or one.wants_logits_next for one in sequences)
+
+    def send_prefill(self, sequences: list[Sequence], dispatch: Dispatch | None = None) -> bool:
+        """Send the next stages of these as one plan, also before the tokens of a dispatch are known. `prefill` goes on
+        from there, and raises the error if this fails. False where that cannot be done."""
+        stages = [sequence.stages[0] for sequence in sequences]
+        if self._sent is not None and self._sent.stages == stages:
+            return True
+        if not self.can_send(sequences, dispatch):
+            return False
+        try:
+            run = self._begin(sequences)
+            self._runner.advance(run)
+            self._sent = _SentPrefill(sequences, stages, run, self._first_tokens(run, sequences))
+        except Exception as error:
+            self._sent = _SentPrefill(sequences, stages, error, None)
+        return True
+
+    def can_send(self, sequences: list[Sequence], dispatch: Dispatch | None) -> bool:
         """Whether the next stages of these can be sent as one plan, also before the tokens of a dispatch are known.
 
         Not if the tokens would come later for it: where the host is asked something between two layers or two tokens,
@@ -296,24 +317,6 @@ class Execution:
             return False
         is_begun = any(sequence.late is not None or sequence.run is not None for sequence in sequences)
         return not is_begun and self._runner.asks_nothing(stages)
-
-    def can_follow_prefill(self, sequences: list[Sequence]) -> bool:
-        """Whether a decode dispatch may be sent before the results of a prefill are fetched: nothing else is asked of
-        the device for these, which would come behind the dispatch."""
-        return not any(one.copy_pages or one.scores or one.wants_logits_next for one in sequences)
-
-    def send_prefill(self, sequences: list[Sequence]) -> None:
-        """Send the next stages of these, which can be sent, unless they are on their way. `prefill` goes on from there,
-        and raises the error if this fails."""
-        stages = [sequence.stages[0] for sequence in sequences]
-        if self._sent is not None and self._sent.stages == stages:
-            return
-        try:
-            run = self._begin(sequences)
-            self._runner.advance(run)
-            self._sent = _SentPrefill(sequences, stages, run, self._first_tokens(run, sequences))
-        except Exception as error:
-            self._sent = _SentPrefill(sequences, stages, error, None)
 
     def _take_sent(self, sequences: list[Sequence]) -> _SentPrefill | None:
         """These stages, if they were sent. Raises why they could not be."""

@@ -279,7 +279,6 @@ class Loop:
         self._send_prefill(decode, prefill)
         self._finish_decode(decode)
         prefill = self._with_newcomers(prefill)
-        self._send_behind(prefill)
         self._prefill(prefill)
         idle = decode is None and not prefill.sequences
         self._move_blocks(idle=idle)
@@ -512,30 +511,26 @@ class Loop:
     def _send_prefill(self, decode: Dispatch | None, batch: PrefillBatch) -> None:
         """Send a plan before the host has seen the tokens in front of it, so that the device need not wait while the
         host lays it out and launches it."""
-        if decode is None or not batch.sequences or batch.layers is not None:
-            return
-        if self._execution.can_send(batch.sequences, decode):
-            self._execution.send_prefill(batch.sequences)
-
-    def _send_behind(self, batch: PrefillBatch) -> None:
-        """Send the next decode dispatch before the first tokens of a prefill are fetched: the device knows them."""
-        sequences = [sequence for sequence in batch.sequences if sequence.state is State.PREFILLING]
-        if not sequences or batch.layers is not None or not self._execution.can_follow_prefill(sequences):
-            return
-        together, steps = self.policy.decode_behind(sequences, self._execution.step_seconds)
-        if together and self._execution.can_send(sequences):
-            self._execution.send_prefill(sequences)
-            self._execution.start_behind(together, steps)
+        if decode is not None and batch.sequences and batch.layers is None:
+            self._execution.send_prefill(batch.sequences, decode)
 
     def _prefill(self, batch: PrefillBatch) -> None:
         """Run the plan, or some layers of it, for those who still hold their pages: the decode may have lost them."""
         sequences = [sequence for sequence in batch.sequences if sequence.state is State.PREFILLING]
         if not sequences:
             return
+        if batch.layers is None and self._execution.can_follow_prefill(sequences):
+            self._send_behind(sequences)
         if sequences[0].stages[0].probe is None:
             self._run_stage(sequences, functools.partial(self._execution.prefill, layers=batch.layers), self._prefilled)
         else:
             self._run_stage(sequences, functools.partial(self._execution.probe, layers=batch.layers), self._probed)
+
+    def _send_behind(self, sequences: list[Sequence]) -> None:
+        """Send the next decode dispatch before the first tokens of a prefill are fetched: the device knows them."""
+        together, steps = self.policy.decode_behind(sequences, self._execution.step_seconds)
+        if together and self._execution.send_prefill(sequences):
+            self._execution.start_behind(together, steps)
 
     def _run_stage[Result](
         self,

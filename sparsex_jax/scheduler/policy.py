@@ -166,8 +166,9 @@ class Policy:
         return 0 if is_full or not self._admission.grow_together(sequences, behind + steps) else steps
 
     def decode_behind(self, prefilled: Several[Sequence], step_seconds: float) -> tuple[list[Sequence], int]:
-        """Who decodes behind the next stages of these, and how many tokens, if that can be said before their first
-        tokens are known, and steps are so long that it pays. All have pages then. Nobody: it has to wait for those."""
+        """Who decodes behind the next stages of these, and how many tokens, before their first tokens are known. All
+        have pages then. Nobody decodes yet if who it is depends on these tokens, or if steps are so short that the host
+        is not in the way."""
         steps = self._few_steps(step_seconds)
         going_on = [one for one in prefilled if one.decodes_next]
         together = [one for one in self.sequences if one.state is State.DECODING or one in going_on]

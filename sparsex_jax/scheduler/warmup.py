@@ -235,7 +235,7 @@ def _decode(loop: Loop, number: int, wish: SamplingParams) -> None:
         state = state_in([slot] * number, runner.shapes, runner.model.vocab_size)
         if matcher is None:
             most = runner.engine.decode_steps
-            for steps in {few_steps(most), most}:  # what they sample is joined from so many programs
+            for steps in {few_steps(most), most}:  # each number of programs has its own one that joins their tokens
                 sampled = jax.device_get(runner.start_decode(state, steps)[1])
         else:
             sampled = ConstrainedDecode(runner, state, [None] * number, 2).finish()[1]  # stand-ins are in no grammar

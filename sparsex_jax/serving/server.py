@@ -134,7 +134,7 @@ def _answer_soon() -> None:
     """Settings of the interpreter by which clients wait less."""
     sys.setswitchinterval(0.001)  # the event loop's thread gets its turn sooner
     gc.collect()
-    gc.freeze()  # else collections walk the model's and the libraries' objects, half a second in which nobody is heard
+    gc.freeze()  # a collection that walks all objects of the model and the libraries stops the server for half a second
 
 
 def _as_files_allow(connections: int) -> int:
